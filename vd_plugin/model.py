@@ -1,0 +1,108 @@
+"""LLaVA-NeXT and LLaVA-1.5 with visual token budgets, as vLLM models.
+
+Published checkpoints load unchanged (`hf_overrides={"architectures": [...]}` chooses the class). Images served in full
+go through the stock code; pruned ones leave the tower with the rows of their schedule, before the projector.
+
+Upstream: `vllm/model_executor/models/llava_next.py` and `llava.py` (vLLM 0.32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
+from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vd_plugin.options import read_geometry
+from vd_plugin.processor import LlavaBudgetInfo, LlavaBudgetProcessor, LlavaNextBudgetInfo, LlavaNextBudgetProcessor
+from vd_plugin.schedule import TokenSplit
+from vd_plugin.vision import TileFeatures, order_image, prune_tiles, run_tower
+
+
+class _EncoderPruning:
+    """Mixin for a LLaVA model: stage 0 of the schedule."""
+
+    vision_tower: Any
+    multi_modal_projector: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.geometry = read_geometry(vllm_config.model_config.hf_config)
+        # vLLM bounds the encoder's batch by placeholders, but the tower runs every patch of every tile: with small
+        # budgets many more tiles fit a step than memory was profiled for (vLLM issue 38888). Bound the tiles instead.
+        encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.max_tower_tiles = max(self.geometry.max_num_tiles(), encoder_tokens // self.geometry.tile_patches)
+
+    def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
+        """Encode a batch of images: for each (rows, D), as many rows as its placeholders."""
+        schedules = kwargs.pop("visual_token_schedule", None)
+        if schedules is None:
+            return list(super().embed_multimodal(**kwargs))  # type: ignore[misc]
+        splits = [TokenSplit(*schedule[0]) for schedule in torch.as_tensor(schedules).tolist()]
+        full = [index for index, split in enumerate(splits) if split.rows == 0]
+        outputs: dict[int, Tensor] = {}
+        if full:
+            stock = {name: _take(value, full) for name, value in kwargs.items()}
+            outputs.update(zip(full, super().embed_multimodal(**stock), strict=True))  # type: ignore[misc]
+        pruned = [index for index in range(len(splits)) if index not in outputs]
+        images = [self._tiles(kwargs["pixel_values"][index]) for index in pruned]
+        sizes = kwargs.get("image_sizes")
+        for chunk in self._chunks(images):
+            features = run_tower(self.vision_tower, torch.cat([images[number] for number in chunk]))
+            tiles = [images[number].shape[0] for number in chunk]
+            rows = []
+            for number, tokens, scores, keys in zip(chunk, *(tensor.split(tiles) for tensor in features), strict=True):
+                index = pruned[number]
+                rows.append(self._prune(TileFeatures(tokens, scores, keys), splits[index], sizes, index))
+            # One projector call for the chunk: only the rows that stay are projected.
+            projected = self.multi_modal_projector(torch.cat(rows)).split([len(row) for row in rows])
+            outputs.update(zip([pruned[number] for number in chunk], projected, strict=True))
+        return [outputs[index] for index in range(len(splits))]
+
+    def _prune(self, features: TileFeatures, split: TokenSplit, sizes: Any, index: int) -> Tensor:
+        height, width = sizes[index].tolist() if sizes is not None else (self.geometry.tile_size,) * 2
+        tiles = prune_tiles(features, split)
+        side = self.geometry.tile_size // self.geometry.patch_size
+        return order_image(tiles.tokens, tiles.kept, self.geometry.tile_grid(height, width), side)
+
+    @staticmethod
+    def _tiles(pixel_values: Tensor) -> Tensor:
+        """(T, 3, height, width) of one image; LLaVA-1.5 has one view and no dimension for it."""
+        return pixel_values if pixel_values.ndim == 4 else pixel_values.unsqueeze(0)
+
+    def _chunks(self, images: Sequence[Tensor]) -> Iterator[list[int]]:
+        """Consecutive images whose tiles together stay within the tower's bound."""
+        chunk: list[int] = []
+        num_tiles = 0
+        for number, tiles in enumerate(images):
+            if chunk and num_tiles + tiles.shape[0] > self.max_tower_tiles:
+                yield chunk
+                chunk, num_tiles = [], 0
+            chunk.append(number)
+            num_tiles += tiles.shape[0]
+        if chunk:
+            yield chunk
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaNextBudgetProcessor, info=LlavaNextBudgetInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class VisionDropLlavaNextForConditionalGeneration(_EncoderPruning, LlavaNextForConditionalGeneration):  # type: ignore[misc]
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaBudgetProcessor, info=LlavaBudgetInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class VisionDropLlavaForConditionalGeneration(_EncoderPruning, LlavaForConditionalGeneration):  # type: ignore[misc]
+    pass
+
+
+def _take(batch: Any, indices: Sequence[int]) -> Any:
+    """Some images of a batched field, which is a tensor or a list of tensors."""
+    return batch[list(indices)] if isinstance(batch, Tensor) else [batch[index] for index in indices]

@@ -1,0 +1,106 @@
+"""The plugin's options: how they enter an engine (`hf_overrides`), and what a model's configuration says with them.
+
+Options travel inside the model configuration, because that is all that vLLM shows to its multimodal processors.
+Imports nothing heavy: `import vd_plugin` happens at the start of every Python process of a CPU environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from vd_plugin.schedule import RULE_VERSION, DecoderShape, Geometry
+
+OPTIONS_KEY: Final = "visiondrop"
+"""Where the options stand in `hf_overrides`."""
+
+ARCHITECTURES: Final[Mapping[str, str]] = {
+    "llava_next": "VisionDropLlavaNextForConditionalGeneration",
+    "llava": "VisionDropLlavaForConditionalGeneration",
+}
+"""Model type of a checkpoint -> the architecture that serves it."""
+
+
+def engine_args(model: str, *, visiondrop: Mapping[str, Any] | None = None, **overrides: Any) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM` (or `EngineArgs`) that serve `model` with visual token budgets.
+
+    Args:
+        model: folder or model id of a LLaVA-NeXT or LLaVA-1.5 checkpoint.
+        visiondrop: options of the plugin; `layers` holds the decoder's pruning depths (this version serves none: []).
+        overrides: any other engine argument; an `hf_overrides` mapping is merged with ours.
+
+    Raises:
+        ValueError: no such checkpoint, not a LLaVA checkpoint, or an unknown option.
+    """
+    hf_overrides = overrides.pop("hf_overrides", None) or {}
+    if not isinstance(hf_overrides, Mapping):
+        raise ValueError("hf_overrides must be a mapping: VisionDrop adds its own keys to it")
+    options = dict(visiondrop or {})
+    parse_boundaries(options)
+    architecture = ARCHITECTURES[_read_model_type(model, overrides)]
+    merged = {**hf_overrides, "architectures": [architecture], OPTIONS_KEY: options}
+    return {"model": model, **overrides, "hf_overrides": merged}
+
+
+def parse_boundaries(options: object) -> tuple[int, ...]:
+    """The decoder's pruning depths among the options; () prunes at the encoder alone.
+
+    Raises:
+        ValueError: an unknown option, or depths that are no list of integers.
+    """
+    if not isinstance(options, Mapping) or set(options) - {"layers"}:
+        raise ValueError(f"the options of {OPTIONS_KEY!r} are {{'layers': [depths]}}; got {options!r}")
+    layers = options.get("layers", ())
+    if not isinstance(layers, list | tuple) or any(type(depth) is not int for depth in layers):
+        raise ValueError(f"{OPTIONS_KEY}.layers must be a list of decoder depths; got {layers!r}")
+    return tuple(layers)
+
+
+def read_geometry(hf_config: Any) -> Geometry:
+    """Geometry of a model from its Hugging Face configuration, our options included.
+
+    Raises:
+        ValueError: an option is wrong.
+    """
+    vision, text = hf_config.vision_config, hf_config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Geometry(
+        rule_version=RULE_VERSION,
+        tile_size=vision.image_size,
+        patch_size=vision.patch_size,
+        grid_pinpoints=tuple((h, w) for h, w in getattr(hf_config, "image_grid_pinpoints", None) or ()),
+        boundaries=parse_boundaries(getattr(hf_config, OPTIONS_KEY, None) or {}),
+        decoder=DecoderShape(
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            head_dim=head_dim,
+        ),
+    )
+
+
+def _read_model_type(model: str, overrides: Mapping[str, Any]) -> str:
+    from transformers import AutoConfig
+
+    folder = Path(model)
+    looks_local = folder.is_absolute() or model.startswith((".", "~"))
+    if looks_local and not folder.is_dir():
+        raise ValueError(f"no such model folder: {model}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{model} is not a checkpoint: it holds no config.json")
+    try:
+        config = AutoConfig.from_pretrained(
+            model, revision=overrides.get("revision"), trust_remote_code=overrides.get("trust_remote_code", False)
+        )
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        raise ValueError(
+            f"cannot read a model configuration from {model!r}, neither as a folder nor as a model id ({reason})"
+        ) from error
+    model_type = str(config.model_type)
+    if model_type not in ARCHITECTURES:
+        raise ValueError(f"{model} is a {model_type!r} checkpoint; VisionDrop serves {' and '.join(ARCHITECTURES)}")
+    return model_type

@@ -1,0 +1,230 @@
+"""From a request's `mm_processor_kwargs` to the number of placeholders of every image.
+
+Two keys are ours, each either one value for all images or a list with one entry an image:
+
+* `visual_token_budget`: an integer, a preset or "full";
+* `visual_token_schedule`: rows as [dominant, contextual] pairs (see `schedule.resolve_explicit`).
+
+Notable: vLLM keeps processed images, encoder outputs and KV blocks under one hash an image. That hash is made here from
+the picture and from its own budget alone, so an image never meets the entry of another budget, and a change of
+its neighbour's budget costs no cache hit. Images served in full share the stock model's entries.
+
+Upstream: `vllm/multimodal/processing/processor.py`, `vllm/model_executor/models/llava_next.py` (vLLM 0.32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Final, TypeAlias
+
+import torch
+from transformers import BatchFeature
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import MultiModalHashes, MultiModalInput
+from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
+from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.processing import InputProcessingContext, ProcessorInputs, PromptReplacement, PromptUpdate
+from vllm.multimodal.processing.context import TimingContext
+
+from vd_plugin.options import read_geometry
+from vd_plugin.schedule import FULL, Budget, BudgetError, Geometry, Schedule, parse_budget, resolve, resolve_explicit
+
+BUDGET_KEY: Final = "visual_token_budget"
+SCHEDULE_KEY: Final = "visual_token_schedule"
+_ASKED_KEY: Final = "visiondrop_asked"
+"""Internal: what each image of the request asks for, parsed. Replaces the two public keys."""
+_KEYS: Final = frozenset((BUDGET_KEY, SCHEDULE_KEY, _ASKED_KEY))
+
+Asked: TypeAlias = Budget | tuple[tuple[int, ...], ...]
+"""What one image asks for: a budget, or explicit rows."""
+
+
+def parse_asked(mm_kwargs: Mapping[str, object], num_images: int) -> list[Asked]:
+    """What each of a request's images asks for; images that nothing was asked for are served in full.
+
+    Raises:
+        VLLMValidationError: a value is not understood, both keys are given, or a list is not as long as the images.
+    """
+    budget, schedule = mm_kwargs.get(BUDGET_KEY), mm_kwargs.get(SCHEDULE_KEY)
+    if budget is not None and schedule is not None:
+        raise VLLMValidationError(f"give {BUDGET_KEY} or {SCHEDULE_KEY}, not both", parameter=BUDGET_KEY)
+    if schedule is not None:
+        # A list of pairs is one schedule for all images; a list of lists of pairs has one for each.
+        shared = not (_is_list(schedule) and any(_is_list(entry) and any(map(_is_list, entry)) for entry in schedule))
+        entries = _one_per_image(SCHEDULE_KEY, schedule, num_images, shared=shared)
+        return [_freeze(entry) for entry in entries]
+    if budget is None:
+        return [FULL] * num_images
+    try:
+        return [parse_budget(b) for b in _one_per_image(BUDGET_KEY, budget, num_images, shared=not _is_list(budget))]
+    except BudgetError as error:
+        raise VLLMValidationError(str(error), parameter=BUDGET_KEY) from error
+
+
+class BudgetContext(InputProcessingContext):  # type: ignore[misc]  # vLLM ships no types
+    """Keeps our keys, whether of the request or the engine's default, away from Hugging Face's processor."""
+
+    def get_merged_mm_kwargs(self, kwargs: Mapping[str, object], **options: Any) -> dict[str, Any]:
+        merged = super().get_merged_mm_kwargs(kwargs, **options)
+        return {key: value for key, value in merged.items() if key not in _KEYS}
+
+
+class _BudgetInfo:
+    """Mixin for a LLaVA `ProcessingInfo`.
+
+    `get_num_image_tokens` stays the stock count: vLLM finds the largest picture with it and bounds the encoder's batch.
+    """
+
+    def __init__(self, ctx: InputProcessingContext) -> None:
+        super().__init__(BudgetContext(ctx.model_config, ctx.tokenizer))  # type: ignore[call-arg]
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return read_geometry(self.get_hf_config())  # type: ignore[attr-defined]
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"image": self.geometry.max_full_tokens()}
+
+
+class LlavaNextBudgetInfo(_BudgetInfo, LlavaNextProcessingInfo):  # type: ignore[misc]
+    pass
+
+
+class LlavaBudgetInfo(_BudgetInfo, LlavaProcessingInfo):  # type: ignore[misc]
+    pass
+
+
+class _BudgetProcessor:
+    """Mixin for a LLaVA multimodal processor. Methods are in the order in which a request meets them."""
+
+    info: Any
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """Parse what is asked for once, before anything is hashed or processed."""
+        kwargs = inputs.hf_processor_mm_kwargs
+        merged = self.info.ctx.get_mm_config().merge_mm_processor_kwargs(kwargs)
+        num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
+        asked = parse_asked(merged, num_images)
+        inputs = replace(inputs, hf_processor_mm_kwargs={**_without_ours(kwargs), _ASKED_KEY: asked})
+        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
+        asked = inputs.hf_processor_mm_kwargs[_ASKED_KEY]
+        assert isinstance(asked, list)
+        stock = replace(inputs, hf_processor_mm_kwargs=_without_ours(inputs.hf_processor_mm_kwargs))
+        hashes = super()._get_mm_hashes(stock)  # type: ignore[misc]
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        images = [
+            image if entry == FULL else MultiModalHasher.hash_kwargs(algorithm, image=image, visiondrop=repr(entry))
+            for image, entry in zip(hashes.get("image", ()), asked, strict=True)
+        ]
+        return {**hashes, "image": images} if images else hashes
+
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
+    ) -> Mapping[str, object]:
+        """Only the missing images are processed: what they ask for must shrink with them."""
+        kwargs = inputs.hf_processor_mm_kwargs
+        asked = kwargs[_ASKED_KEY]
+        assert isinstance(asked, list)
+        cached = mm_is_cached.get("image", [])
+        return {**kwargs, _ASKED_KEY: [entry for entry, hit in zip(asked, cached, strict=True) if not hit]}
+
+    def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        """Process the images, then tell the model what each of them keeps.
+
+        Adds `visual_token_schedule`: (images, stages, 2) int32, (dominant, contextual) of each stage;
+        zeros stand for a stage that changes nothing.
+        """
+        processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]
+        if "pixel_values" not in processed:
+            return processed
+        schedules = self._resolve(mm_items, hf_kwargs)
+        stages = [[split or (0, 0) for split in (schedule.encoder, *schedule.decoder)] for schedule in schedules]
+        processed[SCHEDULE_KEY] = torch.tensor(stages, dtype=torch.int32)
+        if processed["pixel_values"][0].ndim == 4:
+            # Hugging Face pads every picture of a call to the most tiles among them. Without the padding, an entry of
+            # the cache does not depend on its neighbours, and the tower does not run over black tiles.
+            tiles = zip(processed["pixel_values"], schedules, strict=True)
+            processed["pixel_values"] = [pixels[: schedule.num_tiles] for pixels, schedule in tiles]
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+        return {**fields, SCHEDULE_KEY: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        """Replace each image token by as many placeholders as the encoder will return rows."""
+        image_token_id = self.info.get_hf_config().image_token_index
+        schedules = self._resolve(mm_items, hf_processor_mm_kwargs)
+        return [
+            PromptReplacement(
+                modality="image",
+                target=[image_token_id],
+                replacement=lambda index: [image_token_id] * schedules[index].num_placeholders,
+            )
+        ]
+
+    def _resolve(self, mm_items: MultiModalDataItems, kwargs: Mapping[str, object]) -> list[Schedule]:
+        asked = kwargs[_ASKED_KEY]
+        assert isinstance(asked, list)
+        if not asked:
+            return []
+        images = mm_items.get_items("image", ImageProcessorItems)
+        sizes = [images.get_image_size(index) for index in range(len(images))]
+        geometry = self.info.geometry
+        try:
+            return [
+                resolve_explicit(geometry, size.height, size.width, entry)
+                if isinstance(entry, tuple)
+                else resolve(geometry, size.height, size.width, entry)
+                for entry, size in zip(asked, sizes, strict=True)
+            ]
+        except BudgetError as error:
+            key = SCHEDULE_KEY if any(isinstance(entry, tuple) for entry in asked) else BUDGET_KEY
+            raise VLLMValidationError(str(error), parameter=key) from error
+
+
+class LlavaNextBudgetProcessor(_BudgetProcessor, LlavaNextMultiModalProcessor[LlavaNextBudgetInfo]):  # type: ignore[misc]
+    pass
+
+
+class LlavaBudgetProcessor(_BudgetProcessor, LlavaMultiModalProcessor):  # type: ignore[misc]
+    pass
+
+
+def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in kwargs.items() if key not in _KEYS}
+
+
+def _one_per_image(key: str, value: Any, num_images: int, *, shared: bool) -> list[Any]:
+    if shared:
+        return [value] * num_images
+    if len(value) != num_images:
+        raise VLLMValidationError(f"{key} has {len(value)} entries for {num_images} image(s)", parameter=key)
+    return list(value)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _freeze(schedule: Any) -> tuple[tuple[int, ...], ...]:
+    """Explicit rows as tuples: hashable, and told apart from a budget by their type."""
+    if not _is_list(schedule) or not all(_is_list(split) for split in schedule):
+        raise VLLMValidationError(
+            f"{SCHEDULE_KEY} must be a list of [dominant, contextual] pairs; got {schedule!r}", parameter=SCHEDULE_KEY
+        )
+    return tuple(tuple(split) for split in schedule)

@@ -1,0 +1,29 @@
+"""Entry point `vllm.general_plugins`: make the architectures known. vLLM calls it in every one of its processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vd_plugin.options import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def register() -> None:
+    """Register models by name, so that torch and the model code load only where a model is built. Idempotent."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class VisionDropConfig(VerifyAndUpdateConfig):  # type: ignore[misc]  # vLLM ships no types
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            from vd_plugin.validation import check_engine
+
+            check_engine(vllm_config)
+
+    known = ModelRegistry.get_supported_archs()
+    for architecture in ARCHITECTURES.values():
+        if architecture not in known:
+            ModelRegistry.register_model(architecture, f"vd_plugin.model:{architecture}")
+        MODELS_CONFIG_MAP.setdefault(architecture, VisionDropConfig)
