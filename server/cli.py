@@ -1,0 +1,206 @@
+"""The command `visiondrop`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from pydantic import ValidationError
+
+from server.recording import REQUEST_LOG
+from server.serve import Address, StartError, run_gateway, run_serve
+from server.settings import Settings
+from server.version import package_version
+from vd_plugin.schedule import PRESETS
+
+_RESERVED_OPTIONS: Final = {
+    "--uds": "the gateway talks to its engine over a socket of its own",
+    "--host": "give --host before the --",
+    "--port": "give --port before the --",
+    "--model": "the model is named before the --",
+    "--api-key": "only the gateway can reach its engine",
+}
+"""vLLM options that may not stand after `--`, and why."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 after a clean stop, 1 for a failure, 2 for wrong usage."""
+    arguments, engine_options = _split_engine_options(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["explain"]:
+        # Runs an engine in its own process, with all that this package does not import.
+        return subprocess.run([sys.executable, "-m", "vd_plugin.explain", *arguments[1:]], check=False).returncode
+    parser = _make_parser(with_demo=arguments[:1] == ["demo"])
+    options = parser.parse_args(arguments)
+    options.engine_options = engine_options
+    if engine_options and options.command == "gateway":
+        parser.error("engine options belong to the command that starts the engine; `gateway` does not")
+    for option in engine_options:
+        if (name := option.partition("=")[0]) in _RESERVED_OPTIONS:
+            parser.error(f"engine option {name}: {_RESERVED_OPTIONS[name]}")
+    try:
+        return int(options.run(options))
+    except (StartError, SettingsError) as error:
+        print(f"visiondrop: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used. The message is a sentence."""
+
+
+def engine_command(model: str, engine_options: Sequence[str]) -> list[str]:
+    """How the engine is started; the supervisor adds the socket."""
+    return [sys.executable, "-m", "vd_plugin.engine", model, *engine_options]
+
+
+def _split_engine_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    arguments = list(argv)
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += " (options of the engine go after --, as in: visiondrop serve MODEL -- --max-model-len 4096)"
+        self.exit(2, f"visiondrop: error: {message}\nTry: {self.prog} --help\n")
+
+
+def _make_parser(*, with_demo: bool) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="visiondrop",
+        description="Serve LLaVA models with a visual token budget for every request.",
+        epilog="Limits are set by environment variables, for example VISIONDROP_MAX_IMAGE_PIXELS=20000000.",
+    )
+    parser.add_argument("--version", action="version", version=f"visiondrop {package_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="start an engine and serve it", usage=_SERVE_USAGE))
+    _add_gateway(commands.add_parser("gateway", help="serve an engine that runs elsewhere"))
+    _add_demo(commands.add_parser("demo", help="serve a model, ask it about a picture, show the savings"), with_demo)
+    commands.add_parser("explain", help="draw which patches of a picture every stage keeps", add_help=False)
+    return parser
+
+
+_SERVE_USAGE: Final = "visiondrop serve MODEL [options] [-- ENGINE OPTIONS]"
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Start vLLM with VisionDrop as a child process and serve it over HTTP."
+    parser.epilog = "What follows -- goes to vLLM as it is, for example: -- --max-model-len 4096 --dtype bfloat16"
+    parser.add_argument("model", metavar="MODEL", help="a folder with a LLaVA checkpoint, or its name on the hub")
+    _add_server_options(parser)
+    parser.add_argument(
+        "--engine-log",
+        type=Path,
+        metavar="PATH",
+        help="file for the engine's output (default: in a private folder, kept only if the engine fails)",
+    )
+    parser.set_defaults(run=_serve)
+
+
+def _add_gateway(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve an engine that was started with `python -m vd_plugin.engine` elsewhere."
+    parser.add_argument(
+        "--engine", required=True, metavar="URL", help="where the engine is: http://HOST:PORT or unix:/PATH"
+    )
+    _add_server_options(parser)
+    parser.set_defaults(run=_gateway)
+
+
+def _add_demo(parser: argparse.ArgumentParser, is_wanted: bool) -> None:
+    if not is_wanted:
+        return
+    # Imported late: it needs the openai client, which a server does not.
+    from server import demo
+
+    demo.add_arguments(parser)
+    parser.set_defaults(run=demo.run)
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    presets = ", ".join(f"{name} ({rows})" for name, rows in PRESETS.items())
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
+    parser.add_argument(
+        "--default-budget",
+        metavar="BUDGET",
+        help="visual token budget of requests that name none: an integer from 32 up, "
+        f"or {presets}, full (default: high)",
+    )
+    parser.add_argument(
+        "--max-images",
+        metavar="N",
+        dest="max_images_per_request",
+        help=f"pictures that a request may have (default: {_default('max_images_per_request')})",
+    )
+    parser.add_argument(
+        "--engine-start-timeout",
+        metavar="SECONDS",
+        dest="engine_start_timeout_seconds",
+        help=f"how long the engine may take to load (default: {_default('engine_start_timeout_seconds'):g})",
+    )
+
+
+def _default(name: str) -> Any:
+    return Settings.model_fields[name].default
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535; got {text!r}")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = _read_settings(options)
+    _configure_logging()
+    command = engine_command(options.model, options.engine_options)
+    run_serve(settings, Address(options.host, options.port), command, options.engine_log)
+    return 0
+
+
+def _gateway(options: argparse.Namespace) -> int:
+    settings = _read_settings(options)
+    _configure_logging()
+    run_gateway(settings, Address(options.host, options.port), options.engine)
+    return 0
+
+
+def _read_settings(options: argparse.Namespace) -> Settings:
+    """Command line over environment over defaults.
+
+    Raises:
+        SettingsError: a value is out of range.
+    """
+    given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(step) for step in first["loc"])
+        reason = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"]
+        raise SettingsError(f"setting {name} (VISIONDROP_{name.upper()}): {reason}") from None
+
+
+def _configure_logging() -> None:
+    """Sentences go to standard error, the request log (one JSON object a line) to standard output."""
+    logging.basicConfig(level=logging.WARNING, format="visiondrop: %(levelname)s: %(name)s: %(message)s")
+    requests = logging.getLogger(REQUEST_LOG)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    requests.addHandler(handler)
+    requests.setLevel(logging.INFO)
+    requests.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

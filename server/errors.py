@@ -1,0 +1,140 @@
+"""What can go wrong with a request: one tree, one table, one shape on the wire.
+
+GatewayError
+  InvalidRequestError         the client's request is at fault
+  PayloadTooLargeError        ... in its size
+  UnknownRouteError           no such path
+  MethodNotAllowedError       no such method on this path
+  RelayedError                the engine refused the request; its status is kept
+  EngineFailedError           the engine answered with a failure of its own, or stopped answering
+  EngineMismatchError         the engine computes budgets differently, or has no VisionDrop at all
+  EngineUnreachableError      nothing listens where the engine should be
+  ClientDisconnectedError     nobody waits for the answer any more; never seen on the wire
+  InternalError               a defect of the gateway
+
+The wire shape is OpenAI's: `{"error": {"message", "type", "param", "code"}}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from pydantic import ValidationError
+
+
+class GatewayError(Exception):
+    """A request that fails, with a sentence for the person who sent it.
+
+    Args:
+        message: one sentence (or two); never a traceback.
+        param: the field of the request that is at fault.
+        code: a word that a program can act on.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+    @property
+    def status(self) -> int:
+        return _TABLE[type(self)].status
+
+    @property
+    def openai_type(self) -> str:
+        return _TABLE[type(self)].openai_type
+
+    def body(self) -> dict[str, Any]:
+        """The error object that goes on the wire."""
+        error = {"message": self.message, "type": self.openai_type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+class InvalidRequestError(GatewayError): ...
+
+
+class PayloadTooLargeError(GatewayError): ...
+
+
+class UnknownRouteError(GatewayError): ...
+
+
+class MethodNotAllowedError(GatewayError): ...
+
+
+class EngineFailedError(GatewayError): ...
+
+
+class EngineMismatchError(GatewayError): ...
+
+
+class EngineUnreachableError(GatewayError): ...
+
+
+class ClientDisconnectedError(GatewayError): ...
+
+
+class InternalError(GatewayError): ...
+
+
+class RelayedError(GatewayError):
+    """A refusal by the engine (4xx), passed on with its status."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
+        self._status = status
+
+    @property
+    def status(self) -> int:
+        return self._status
+
+
+class _Row(NamedTuple):
+    status: int
+    openai_type: str
+
+
+_TABLE: Final[Mapping[type[GatewayError], _Row]] = {
+    InvalidRequestError: _Row(400, "invalid_request_error"),
+    PayloadTooLargeError: _Row(413, "invalid_request_error"),
+    UnknownRouteError: _Row(404, "invalid_request_error"),
+    MethodNotAllowedError: _Row(405, "invalid_request_error"),
+    RelayedError: _Row(400, "invalid_request_error"),
+    EngineFailedError: _Row(502, "engine_error"),
+    EngineMismatchError: _Row(503, "engine_error"),
+    EngineUnreachableError: _Row(503, "engine_error"),
+    # nginx's number for a client that went away; it reaches logs and metrics only.
+    ClientDisconnectedError: _Row(499, "client_disconnected"),
+    InternalError: _Row(500, "server_error"),
+}
+
+
+def from_validation(error: ValidationError) -> InvalidRequestError:
+    """The first complaint of pydantic as one sentence that names the field."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    param = _field_path(first["loc"])
+    reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    message = reason if first["type"] == "value_error" else f"{param or 'the request body'}: {reason}"
+    return InvalidRequestError(message, param=param)
+
+
+def from_http_status(status: int, detail: str, method: str, path: str) -> GatewayError:
+    """What the web framework refuses by itself: an unknown path or method."""
+    if status == 404:
+        return UnknownRouteError(f"there is no {path!r} here", code="unknown_url")
+    if status == 405:
+        return MethodNotAllowedError(f"{path!r} does not answer {method}", code="method_not_allowed")
+    return InvalidRequestError(detail) if status < 500 else InternalError(detail)
+
+
+def _field_path(location: Sequence[int | str]) -> str | None:
+    """("messages", 0, "content", "<parts>", 1) -> `messages[0].content[1]`; without union tags (in angle brackets)."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not step.startswith("<"):
+            path += f".{step}" if path else step
+    return path or None

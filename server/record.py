@@ -1,0 +1,177 @@
+"""One record a request: usage, headers, metrics and the log line are all read from it.
+
+Counts of visual tokens are those of the resolved schedules. The engine reports what its prompt really held
+(`multimodal_tokens`); where the two differ, the record says so.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from server.budget import effective_budget, request_class
+from vd_plugin.schedule import Geometry, Schedule, prefill_flops
+
+_SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def choose_request_id(sent: str | None) -> str:
+    """The client's own id if it is short and plain (it goes into headers and logs), else a new one."""
+    if sent is not None and _SANE_REQUEST_ID.fullmatch(sent):
+        return sent
+    return f"req-{uuid.uuid4().hex}"
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What is known about a request; filled in on its way through the gateway."""
+
+    request_id: str
+    route: str
+    started: float = field(default_factory=time.monotonic)
+    model: str | None = None
+    stream: bool = False
+    geometry: Geometry | None = None
+    schedules: tuple[Schedule, ...] = ()
+    engine_answered: bool = False
+    engine_usage: Mapping[str, Any] | None = None
+    first_token_seconds: float | None = None
+    total_seconds: float | None = None
+    sent_status: int | None = None
+    failure_status: int | None = None
+    failure: str | None = None
+
+    def mark_first_token(self) -> None:
+        if self.first_token_seconds is None:
+            self.first_token_seconds = time.monotonic() - self.started
+
+    def mark_failure(self, status: int, message: str) -> None:
+        """Note how the request failed; also after the status line has gone out, as in the middle of a stream."""
+        self.failure_status, self.failure = status, message
+
+    def mark_end(self) -> None:
+        self.total_seconds = time.monotonic() - self.started
+
+    @property
+    def status(self) -> int:
+        """The outcome. A stream that breaks off counts as its failure, although it began with 200."""
+        return self.failure_status or self.sent_status or 500
+
+    @property
+    def budget_class(self) -> str:
+        return request_class(self.schedules)
+
+    @property
+    def full(self) -> int:
+        return sum(schedule.full for schedule in self.schedules)
+
+    @property
+    def kept(self) -> int:
+        return sum(schedule.kept for schedule in self.schedules)
+
+    @property
+    def saved(self) -> int:
+        return self.full - self.kept
+
+    @property
+    def num_placeholders(self) -> int:
+        return sum(schedule.num_placeholders for schedule in self.schedules)
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        return None if self.engine_usage is None else int(self.engine_usage.get("prompt_tokens") or 0)
+
+    @property
+    def image_tokens(self) -> int:
+        """Visual tokens in the prompt: as the engine counted them, else as planned."""
+        reported = self._reported_image_tokens
+        return self.num_placeholders if reported is None else reported
+
+    @property
+    def is_mismatch(self) -> bool:
+        """Whether the engine's prompt held another number of visual tokens than the schedule says."""
+        reported = self._reported_image_tokens
+        return reported is not None and reported != self.num_placeholders
+
+    @property
+    def prefill_flops_saved(self) -> int:
+        """Against the stock model on the same prompt; 0 until the engine has told the prompt's length."""
+        if self.geometry is None or self.prompt_tokens is None:
+            return 0
+        text_tokens = max(self.prompt_tokens - self.image_tokens, 0)
+        stock = [replace(item, encoder=None, decoder=(None,) * len(item.decoder)) for item in self.schedules]
+        return prefill_flops(self.geometry, text_tokens, stock) - prefill_flops(
+            self.geometry, text_tokens, self.schedules
+        )
+
+    def usage(self, engine_usage: Mapping[str, Any]) -> dict[str, Any]:
+        """The engine's `usage` in our shape; `engine_usage` is kept for the other readers of the record."""
+        self.engine_usage = engine_usage
+        details = engine_usage.get("prompt_tokens_details") or {}
+        return {
+            **engine_usage,
+            "prompt_tokens_details": {
+                "cached_tokens": details.get("cached_tokens") or 0,
+                "image_tokens": self.image_tokens,
+                "text_tokens": (self.prompt_tokens or 0) - self.image_tokens,
+            },
+            "visual_tokens": self.visual_tokens(),
+        }
+
+    def visual_tokens(self) -> dict[str, Any]:
+        return {
+            "images": len(self.schedules),
+            "full": self.full,
+            "kept": self.kept,
+            "saved": self.saved,
+            "per_image": [
+                {
+                    "budget": effective_budget(schedule),
+                    "full": schedule.full,
+                    "kept": schedule.kept,
+                    "stages": list(schedule.rows),
+                }
+                for schedule in self.schedules
+            ],
+        }
+
+    def headers(self) -> dict[str, str]:
+        return {
+            "X-Visual-Tokens-Full": str(self.full),
+            "X-Visual-Tokens-Kept": str(self.kept),
+            "X-Visual-Tokens-Saved": str(self.saved),
+        }
+
+    def log_fields(self) -> dict[str, Any]:
+        """The log line. Neither prompts nor pictures are in it."""
+        usage = self.engine_usage or {}
+        return {
+            "request_id": self.request_id,
+            "route": self.route,
+            "status": self.status,
+            "error": self.failure,
+            "model": self.model,
+            "stream": self.stream,
+            "budget_class": self.budget_class,
+            "visual_tokens": self.visual_tokens(),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": usage.get("completion_tokens"),
+            "first_token_seconds": _rounded(self.first_token_seconds),
+            "total_seconds": _rounded(self.total_seconds),
+        }
+
+    @property
+    def _reported_image_tokens(self) -> int | None:
+        """None when the engine reports no details (it runs without --enable-prompt-tokens-details)."""
+        details = (self.engine_usage or {}).get("prompt_tokens_details")
+        if details is None:
+            return None
+        return int((details.get("multimodal_tokens") or {}).get("image", 0))
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)

@@ -1,0 +1,116 @@
+"""The engine's stream of events -> the client's: usage in our shape, failures as an error event."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, Final
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.disconnect import until_disconnect
+from server.engine_client import EventSource, error_from_engine
+from server.errors import ClientDisconnectedError, EngineFailedError, GatewayError
+from server.record import RequestRecord
+
+_DONE: Final = b"[DONE]"
+
+# The last two keep proxies from holding events back.
+_STREAM_HEADERS: Final = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+async def relay_events(source: EventSource, record: RequestRecord, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    """The client's events, `data: ...` with the empty line that ends each.
+
+    The engine is always asked for usage; without `include_usage` its chunk is taken out. If the engine breaks off or
+    reports an error, the last event is an OpenAI error object, and no `[DONE]` follows.
+    """
+    try:
+        async for data in source:
+            if data == _DONE:
+                yield _event(_DONE)
+                return
+            record.mark_first_token()
+            relayed = _relay_chunk(data, record, include_usage)
+            if relayed is not None:
+                yield _event(relayed)
+        raise EngineFailedError("the engine's answer ended too early", code="engine_failed")
+    except GatewayError as error:
+        record.mark_failure(error.status, error.message)
+        yield _event(_dump(error.body()))
+
+
+def _relay_chunk(data: bytes, record: RequestRecord, include_usage: bool) -> bytes | None:
+    """The chunk for the client, or None if it is not for the client.
+
+    Raises:
+        GatewayError: it is an error object, or cannot be read.
+    """
+    try:
+        chunk = json.loads(data)
+    except ValueError:
+        chunk = None
+    if not isinstance(chunk, dict):
+        raise EngineFailedError("the engine's answer cannot be read", code="engine_failed")
+    if "error" in chunk:
+        code = chunk["error"].get("code") if isinstance(chunk["error"], Mapping) else None
+        raise error_from_engine(code if isinstance(code, int) else 500, chunk)
+    if not chunk.get("usage"):
+        return data
+    chunk["usage"] = record.usage(chunk["usage"])
+    if not include_usage:
+        if not chunk.get("choices"):
+            return None
+        del chunk["usage"]
+    return _dump(chunk)
+
+
+class EventStream(Response):
+    """A response that relays events as they come and closes the engine's side at once when the client goes away."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        source: EventSource,
+        record: RequestRecord,
+        headers: Mapping[str, str],
+    ) -> None:
+        self._events = events
+        self._source = source
+        self._record = record
+        self.status_code = 200
+        self.background = None
+        self.init_headers({**headers, **_STREAM_HEADERS})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, lambda: self._send_events(send))
+        except ClientDisconnectedError as error:
+            self._record.mark_failure(error.status, error.message)
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Let go of the engine's answer."""
+        await self._source.aclose()
+
+    async def _send_events(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

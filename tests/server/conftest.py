@@ -1,0 +1,36 @@
+"""The gateway before a fake engine, in one event loop, with nothing but the transport between them replaced."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from asgi_transport import AsgiTransport
+from fake_engine import FakeEngine
+
+from server.app import create_app
+from server.engine_client import HttpEngineClient
+from server.settings import Settings
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings()
+
+
+@pytest.fixture
+async def client(engine: FakeEngine, settings: Settings, anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(settings, HttpEngineClient(AsgiTransport(engine)))
+    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as http:
+        yield http

@@ -1,0 +1,219 @@
+"""An engine without a model: vLLM's HTTP surface as far as the gateway uses it, as a small ASGI app.
+
+It counts as the real one does: it decodes the pictures that it is sent and resolves the budgets of
+`mm_processor_kwargs` with the project's arithmetic, so that a gateway that plans with other sizes is found out.
+
+As a script it is the child process of the supervisor's tests: `python fake_engine.py MODE --uds PATH`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from vd_plugin.schedule import RULE_VERSION, DecoderShape, Geometry, resolve
+
+MODEL = "fake-llava"
+WORDS = ("A ", "red\u2028", "square.")
+TEXT_TOKENS = 10
+
+GEOMETRY = Geometry(
+    rule_version=RULE_VERSION,
+    tile_size=336,
+    patch_size=14,
+    grid_pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+    boundaries=(8, 16, 24),
+    decoder=DecoderShape(32, 4096, 11008, 32, 32, 128),
+)
+
+
+class FakeEngine:
+    """Set its fields to make it misbehave; read `bodies` and `closed` to see what reached it."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.request_ids: list[str] = []
+        self.refusal: tuple[int, Any] | None = None
+        self.break_after: int | None = None
+        self.error_after: tuple[int, dict[str, Any]] | None = None
+        self.end_after: int | None = None
+        self.hold = False
+        self.hold_before_answer = False
+        self.asked = asyncio.Event()
+        self.closed = asyncio.Event()
+        self.is_up = True
+        self.extra_image_tokens = 0
+        self.reports_details = True
+        self.geometry: dict[str, Any] | None = {"geometry": GEOMETRY.to_dict(), "plugin_version": "0.1.0"}
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            while True:
+                kind = (await receive())["type"].removeprefix("lifespan.")
+                await send({"type": f"lifespan.{kind}.complete"})
+                if kind == "shutdown":
+                    return
+        reply = _Reply(send)
+        path = scope["path"]
+        if path == "/health":
+            await reply.json(200 if self.is_up else 503, {})
+        elif path == "/v1/models":
+            await reply.json(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "root": "/secret"}]})
+        elif path == "/visiondrop/geometry":
+            await reply.json(*((404, {"detail": "Not Found"}) if self.geometry is None else (200, self.geometry)))
+        else:
+            assert path == "/v1/chat/completions"
+            self.request_ids.append(dict(scope["headers"])[b"x-request-id"].decode())
+            await self._chat(json.loads(await _read(receive)), receive, reply)
+
+    async def _chat(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
+        self.bodies.append(body)
+        self.asked.set()
+        if self.hold_before_answer:
+            await self._hold(receive)
+        if self.refusal is not None:
+            await reply.json(*self.refusal)
+            return
+        usage = self._usage(body)
+        if not body.get("stream"):
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "".join(WORDS)}}
+            await reply.json(200, {**_head("chat.completion"), "choices": [choice], "usage": usage})
+            return
+        await reply.start(200, "text/event-stream")
+        for number, word in enumerate(WORDS):
+            if self.end_after == number:
+                await reply.end()
+                return
+            if self.break_after == number:
+                raise ConnectionResetError("the fake engine breaks off")
+            if self.error_after is not None and self.error_after[0] == number:
+                await reply.event({"error": self.error_after[1]})
+                break
+            delta = {"index": 0, "delta": {"content": word}, "finish_reason": None}
+            chunk: dict[str, Any] = {**_head("chat.completion.chunk"), "choices": [delta]}
+            if body["stream_options"].get("continuous_usage_stats"):
+                chunk["usage"] = usage
+            await reply.event(chunk)
+            if self.hold:
+                await self._hold(receive)
+        if body["stream_options"]["include_usage"]:
+            await reply.event({**_head("chat.completion.chunk"), "choices": [], "usage": usage})
+        await reply.event("[DONE]")
+        await reply.end()
+
+    def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
+        pictures = list(pictures_of(body))
+        budgets = body.get("mm_processor_kwargs", {}).get("visual_token_budget", [])
+        assert len(budgets) == len(pictures)
+        tokens = self.extra_image_tokens + sum(
+            resolve(GEOMETRY, picture.height, picture.width, budget).num_placeholders
+            for picture, budget in zip(pictures, budgets, strict=True)
+        )
+        prompt = TEXT_TOKENS + tokens
+        details = {"cached_tokens": 3, "multimodal_tokens": {"image": tokens} if pictures else None}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": len(WORDS),
+            "total_tokens": prompt + len(WORDS),
+            **({"prompt_tokens_details": details} if self.reports_details else {}),
+        }
+
+    async def _hold(self, receive: Any) -> None:
+        """Wait as a busy model would, and notice when nobody waits any more."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.closed.set()
+        raise ConnectionResetError("the gateway went away")
+
+
+def pictures_of(body: dict[str, Any]) -> list[Image.Image]:
+    """The pictures of a request as vLLM would decode them."""
+    parts = [
+        part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]
+    ]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    return [Image.open(BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+
+
+class _Reply:
+    def __init__(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+        self._send = send
+
+    async def start(self, status: int, kind: str) -> None:
+        headers = [(b"content-type", kind.encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def json(self, status: int, value: Any) -> None:
+        await self.start(status, "application/json")
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def event(self, value: Any) -> None:
+        data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        await self._send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _head(kind: str) -> dict[str, Any]:
+    return {"id": "chatcmpl-1", "object": kind, "created": 1, "model": MODEL}
+
+
+async def _read(receive: Any) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            return body
+
+
+async def sse_data(chunks: AsyncIterator[bytes]) -> list[str]:
+    """The data of all events of a stream."""
+    text = b"".join([chunk async for chunk in chunks]).decode()
+    return [event.removeprefix("data: ") for event in text.split("\n\n") if event]
+
+
+def main(mode: str, uds: str) -> None:
+    """The modes: how the engine of a test behaves as a process."""
+    if mode == "sentence":
+        print("visiondrop: error: there is no model 'nowhere'", file=sys.stderr)
+        sys.exit(2)
+    if mode == "traceback":
+        print("Traceback (most recent call last):\n  File ...\nValueError: heads do not divide\n", file=sys.stderr)
+        print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
+        sys.exit(1)
+    if mode == "stubborn":
+        import signal
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # As vLLM's API server has its EngineCore: a process that does not notice when its parent is killed.
+    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(f"GRANDCHILD {grandchild.pid}", flush=True)
+    if mode in ("loading", "stubborn"):
+        print("INFO 01-01 00:00:00 [gpu_model_runner.py:1] Starting to load model x...", flush=True)
+        time.sleep(600)
+
+    import uvicorn
+
+    engine = FakeEngine()
+    if mode == "other_rule":
+        assert engine.geometry is not None
+        engine.geometry["geometry"]["rule_version"] = RULE_VERSION + 1
+    if mode == "slow":
+        engine.hold = True
+    uvicorn.run(engine, uds=uds, log_level="warning")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[sys.argv.index("--uds") + 1])

@@ -1,0 +1,15 @@
+"""Reading the gateway's metrics in tests."""
+
+from __future__ import annotations
+
+import httpx
+
+
+def metric(text: str, series: str) -> float:
+    values = [line.rpartition(" ")[2] for line in text.splitlines() if line.rpartition(" ")[0] == series]
+    assert len(values) == 1, f"{series} occurs {len(values)} times"
+    return float(values[0])
+
+
+async def metrics_of(client: httpx.AsyncClient) -> str:
+    return (await client.get("/metrics")).text

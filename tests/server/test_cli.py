@@ -1,0 +1,124 @@
+"""The command line: what it accepts, and its sentences."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server import cli
+from server.serve import Address
+from server.settings import Settings
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cli, "run_serve", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(cli, "run_gateway", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    return calls
+
+
+def run(*arguments: str) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_serve_passes_settings_address_and_engine_options(served: list[tuple[Any, ...]]) -> None:
+    options = ("--port", "0", "--default-budget", "low", "--engine-log", "log", "--max-images", "3")
+    assert run("serve", "model", *options, "--", "--max-model-len", "4096", "--", "x") == 0
+    command = [sys.executable, "-m", "vd_plugin.engine", "model", "--max-model-len", "4096", "--", "x"]
+    settings = Settings(default_budget="low", max_images_per_request=3)
+    assert served == [(settings, Address("127.0.0.1", 0), command, Path("log"))]
+
+
+def test_gateway_needs_an_engine(served: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("gateway", "--engine", "unix:/a") == 0
+    assert served == [(Settings(), Address("127.0.0.1", 8000), "unix:/a")]
+    assert run("gateway") == 2
+    assert "--engine" in capsys.readouterr().err
+
+
+def test_environment_sets_defaults_and_the_command_line_wins(
+    served: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VISIONDROP_DEFAULT_BUDGET", "100")
+    monkeypatch.setenv("VISIONDROP_MAX_IMAGE_PIXELS", "1000")
+    run("serve", "model")
+    run("serve", "model", "--default-budget", "full")
+    assert [(call[0].default_budget, call[0].max_image_pixels) for call in served] == [(100, 1000), ("full", 1000)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["serve"], 2, "MODEL"),
+        (["serve", "m", "--port", "99999"], 2, "from 0 to 65535"),
+        (["serve", "m", "--max-model-len", "1"], 2, "go after --"),
+        (["serve", "m", "--default-budget", "lots"], 1, "at least 32"),
+        (["serve", "m", "--default-budget", "31"], 1, "VISIONDROP_DEFAULT_BUDGET"),
+        (["serve", "m", "--max-images", "none"], 1, "valid integer"),
+        (["serve", "m", "--", "--port", "1"], 2, "before the --"),
+        (["serve", "m", "--", "--uds=/a"], 2, "socket of its own"),
+        (["gateway", "--engine", "unix:/a", "--", "--x"], 2, "does not"),
+        (["dance"], 2, "invalid choice"),
+        ([], 2, "COMMAND"),
+    ],
+)
+def test_wrong_usage_gets_a_sentence(
+    served: list[tuple[Any, ...]],
+    capsys: pytest.CaptureFixture[str],
+    arguments: Sequence[str],
+    status: int,
+    words: str,
+) -> None:
+    assert run(*arguments) == status
+    error = capsys.readouterr().err
+    assert error.startswith("visiondrop: error: ")
+    assert words in error
+    assert not served
+
+
+def test_wrong_engine_url_gets_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("gateway", "--port", "0", "--engine", "localhost:1") == 1
+    assert capsys.readouterr().err == (
+        "visiondrop: error: an engine's URL is http://HOST:PORT or unix:/PATH; got 'localhost:1'\n"
+    )
+
+
+def test_engine_that_never_comes_ends_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("gateway", "--port", "0", "--engine", "unix:/no", "--engine-start-timeout", "0.1") == 1
+    assert "not ready after 0.1 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["gateway"], ["demo"]])
+def test_every_option_is_explained(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command, "--help") == 0
+    assert capsys.readouterr().out
+    parser = cli._make_parser(with_demo=True)
+    subparsers = next(iter(parser._subparsers._group_actions)).choices  # type: ignore[union-attr]
+    assert all(action.help for sub in subparsers.values() for action in sub._actions)  # type: ignore[union-attr]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("visiondrop ")
+
+
+def test_explain_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run_command(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 2)
+
+    monkeypatch.setattr(subprocess, "run", run_command)
+    assert run("explain", "picture.png", "--budget", "low") == 2
+    assert commands == [[sys.executable, "-m", "vd_plugin.explain", "picture.png", "--budget", "low"]]
