@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 _SEED: Final = 20251228
 _MARKER: Final = "visiondrop_demo.json"
@@ -78,6 +78,12 @@ _TEXT: Final[dict[str, Any]] = {
 _SHARPNESS: Final = 1.6
 """Gain of query and key projections. Attention logits have about its square as standard deviation, so attention is
 neither flat nor a single token, and the choice of what to keep means something."""
+
+_SUCCESSION: Final = 0.6
+"""How loudly a token's embedding speaks for its successor (see `_shape_answers`)."""
+
+_BRANCH: Final = 0.5
+"""Gain of what attention and MLP add to the residual stream, so that a token stays visible through all layers."""
 
 _POSITION_SCALE: Final = 0.5
 """Standard deviation of the tower's position embeddings: equal patches of a plain background stay apart."""
@@ -298,11 +304,27 @@ def _make_tensors(tokenizer: Tokenizer) -> dict[str, Tensor]:
             tensors[name] = torch.zeros(shape)
         else:
             tensors[name] = torch.randn(shape, generator=generator) * _standard_deviation(name, shape)
-    # Without a row a token's logit is 0, which is never the largest: answers are made of readable pieces, and no
-    # answer ends before its limit.
-    unreadable = [token for token in range(_VOCAB_SIZE) if not _is_readable(tokenizer, token)]
-    tensors["language_model.lm_head.weight"][unreadable] = 0
+    _shape_answers(tokenizer, tensors, generator)
     return tensors
+
+
+def _shape_answers(tokenizer: Tokenizer, tensors: dict[str, Tensor], generator: Generator) -> None:
+    """Make greedy answers varied and readable, by the output head alone.
+
+    Random heads soon repeat one token for ever: what attention brings hardly changes from one step to the next. So each
+    readable token gets a random successor that its own embedding speaks for, just loudly enough to leave the picture
+    and the text before it a say. The other tokens get no row: their logit is 0, which is never the largest, so that
+    answers are made of printable pieces and go on to their limit.
+    """
+    import torch
+
+    head, embeddings = tensors["language_model.lm_head.weight"], tensors["language_model.model.embed_tokens.weight"]
+    readable = torch.tensor([token for token in range(_VOCAB_SIZE) if _is_readable(tokenizer, token)])
+    cycle = readable[torch.randperm(len(readable), generator=generator)]
+    head[cycle.roll(-1)] += _SUCCESSION * embeddings[cycle] / math.sqrt(_TEXT["hidden_size"])
+    silent = torch.ones(_VOCAB_SIZE, dtype=torch.bool)
+    silent[readable] = False
+    head[silent] = 0
 
 
 def _standard_deviation(name: str, shape: tuple[int, ...]) -> float:
@@ -310,7 +332,11 @@ def _standard_deviation(name: str, shape: tuple[int, ...]) -> float:
         return _POSITION_SCALE
     if name.endswith(("embed_tokens.weight", "image_newline")):
         return 1.0
-    gain = _SHARPNESS if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+    gain = 1.0
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        gain = _SHARPNESS
+    elif name.endswith(("o_proj.weight", "down_proj.weight")):
+        gain = _BRANCH
     return gain / math.sqrt(math.prod(shape[1:]))
 
 
