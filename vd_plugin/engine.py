@@ -15,6 +15,9 @@ from typing import NoReturn
 
 from vd_plugin.options import engine_args
 
+_CPU_MEMORY_SHARE = 0.25
+"""Of the free memory, for the KV cache on a machine without a GPU."""
+
 
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
@@ -38,8 +41,11 @@ def _serve(model: str, options: list[str]) -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    if current_platform.is_cpu():
+        options = _be_modest(options)
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="visiondrop engine"))
     parser.error = lambda message: _fail(f"engine options: {message}")
@@ -51,6 +57,23 @@ def _serve(model: str, options: list[str]) -> None:
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     uvloop.run(run_server(args))
+
+
+def _be_modest(options: list[str]) -> list[str]:
+    """Options for a machine without a GPU, which has other things to do: vLLM would take nine tenths of its memory.
+
+    Leaves alone what the user has set. Measuring the vision tower's memory, a minute's work here, is left out.
+    """
+    import psutil
+
+    given = {option.partition("=")[0] for option in options}
+    sizes = {"--gpu-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override"}
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not given & sizes:
+        share_gib = psutil.virtual_memory().available * _CPU_MEMORY_SHARE / 2**30
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(share_gib)))
+    if not given & {"--skip-mm-profiling", "--no-skip-mm-profiling"}:
+        options = [*options, "--skip-mm-profiling"]
+    return options
 
 
 def _is_private(args: Namespace) -> bool:

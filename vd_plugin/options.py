@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from vd_plugin.schedule import RULE_VERSION, DecoderShape, Geometry
+from vd_plugin.schedule import RULE_VERSION, DecoderShape, Geometry, default_boundaries
 
 OPTIONS_KEY: Final = "visiondrop"
 """Where the options stand in `hf_overrides`."""
@@ -27,7 +27,9 @@ def engine_args(model: str, *, visiondrop: Mapping[str, Any] | None = None, **ov
 
     Args:
         model: folder or model id of a LLaVA-NeXT or LLaVA-1.5 checkpoint.
-        visiondrop: options of the plugin; `layers` holds the decoder's pruning depths (this version serves none: []).
+        visiondrop: options of the plugin; `layers` holds the three depths of the decoder after which images are
+            pruned again (by default after a quarter, a half and three quarters of its layers), [] prunes at the
+            encoder alone.
         overrides: any other engine argument; an `hf_overrides` mapping is merged with ours.
 
     Raises:
@@ -37,21 +39,21 @@ def engine_args(model: str, *, visiondrop: Mapping[str, Any] | None = None, **ov
     if not isinstance(hf_overrides, Mapping):
         raise ValueError("hf_overrides must be a mapping: VisionDrop adds its own keys to it")
     options = dict(visiondrop or {})
-    parse_boundaries(options)
+    parse_boundaries(options, default=())
     architecture = ARCHITECTURES[_read_model_type(model, overrides)]
     merged = {**hf_overrides, "architectures": [architecture], OPTIONS_KEY: options}
     return {"model": model, **overrides, "hf_overrides": merged}
 
 
-def parse_boundaries(options: object) -> tuple[int, ...]:
-    """The decoder's pruning depths among the options; () prunes at the encoder alone.
+def parse_boundaries(options: object, *, default: tuple[int, ...]) -> tuple[int, ...]:
+    """The decoder's pruning depths among the options, or `default` where they say nothing.
 
     Raises:
         ValueError: an unknown option, or depths that are no list of integers.
     """
     if not isinstance(options, Mapping) or set(options) - {"layers"}:
         raise ValueError(f"the options of {OPTIONS_KEY!r} are {{'layers': [depths]}}; got {options!r}")
-    layers = options.get("layers", ())
+    layers = options.get("layers", default)
     if not isinstance(layers, list | tuple) or any(type(depth) is not int for depth in layers):
         raise ValueError(f"{OPTIONS_KEY}.layers must be a list of decoder depths; got {layers!r}")
     return tuple(layers)
@@ -70,7 +72,9 @@ def read_geometry(hf_config: Any) -> Geometry:
         tile_size=vision.image_size,
         patch_size=vision.patch_size,
         grid_pinpoints=tuple((h, w) for h, w in getattr(hf_config, "image_grid_pinpoints", None) or ()),
-        boundaries=parse_boundaries(getattr(hf_config, OPTIONS_KEY, None) or {}),
+        boundaries=parse_boundaries(
+            getattr(hf_config, OPTIONS_KEY, None) or {}, default=default_boundaries(text.num_hidden_layers)
+        ),
         decoder=DecoderShape(
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,

@@ -5,9 +5,9 @@ Two keys are ours, each either one value for all images or a list with one entry
 * `visual_token_budget`: an integer, a preset or "full";
 * `visual_token_schedule`: rows as [dominant, contextual] pairs (see `schedule.resolve_explicit`).
 
-Notable: vLLM keeps processed images, encoder outputs and KV blocks under one hash an image. That hash is made here from
-the picture and from its own budget alone, so an image never meets the entry of another budget, and a change of
-its neighbour's budget costs no cache hit. Images served in full share the stock model's entries.
+Notable: vLLM keeps processed images, encoder outputs and KV blocks under one identifier an image. It is made here from
+the picture and from its own schedule alone, so an image never meets the entry of another schedule, and a change of its
+neighbour's budget costs no cache hit. Images served in full share the stock model's entries.
 
 Upstream: `vllm/multimodal/processing/processor.py`, `vllm/model_executor/models/llava_next.py` (vLLM 0.32).
 """
@@ -25,7 +25,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalHashes, MultiModalInput
 from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
 from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
-from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import InputProcessingContext, ProcessorInputs, PromptReplacement, PromptUpdate
@@ -33,6 +32,7 @@ from vllm.multimodal.processing.context import TimingContext
 
 from vd_plugin.options import read_geometry
 from vd_plugin.schedule import FULL, Budget, BudgetError, Geometry, Schedule, parse_budget, resolve, resolve_explicit
+from vd_plugin.spans import identify
 
 BUDGET_KEY: Final = "visual_token_budget"
 SCHEDULE_KEY: Final = "visual_token_schedule"
@@ -55,7 +55,7 @@ def parse_asked(mm_kwargs: Mapping[str, object], num_images: int) -> list[Asked]
         raise VLLMValidationError(f"give {BUDGET_KEY} or {SCHEDULE_KEY}, not both", parameter=BUDGET_KEY)
     if schedule is not None:
         # A list of pairs is one schedule for all images; a list of lists of pairs has one for each.
-        shared = not (_is_list(schedule) and any(_is_list(entry) and any(map(_is_list, entry)) for entry in schedule))
+        shared = not (isinstance(schedule, list | tuple) and any(map(_holds_lists, schedule)))
         entries = _one_per_image(SCHEDULE_KEY, schedule, num_images, shared=shared)
         return [_freeze(entry) for entry in entries]
     if budget is None:
@@ -107,23 +107,31 @@ class _BudgetProcessor:
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """Parse what is asked for once, before anything is hashed or processed."""
         kwargs = inputs.hf_processor_mm_kwargs
-        merged = self.info.ctx.get_mm_config().merge_mm_processor_kwargs(kwargs)
+        # What a request says stands in for the engine's default (`--mm-processor-kwargs`) as a whole.
+        defaults = self.info.ctx.get_mm_config().mm_processor_kwargs or {}
+        given = kwargs if any(kwargs.get(key) is not None for key in (BUDGET_KEY, SCHEDULE_KEY)) else defaults
         num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
-        asked = parse_asked(merged, num_images)
+        asked = parse_asked(given, num_images)
         inputs = replace(inputs, hf_processor_mm_kwargs={**_without_ours(kwargs), _ASKED_KEY: asked})
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
-        asked = inputs.hf_processor_mm_kwargs[_ASKED_KEY]
-        assert isinstance(asked, list)
         stock = replace(inputs, hf_processor_mm_kwargs=_without_ours(inputs.hf_processor_mm_kwargs))
         hashes = super()._get_mm_hashes(stock)  # type: ignore[misc]
-        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        images = [
-            image if entry == FULL else MultiModalHasher.hash_kwargs(algorithm, image=image, visiondrop=repr(entry))
-            for image, entry in zip(hashes.get("image", ()), asked, strict=True)
-        ]
-        return {**hashes, "image": images} if images else hashes
+        asked = inputs.hf_processor_mm_kwargs[_ASKED_KEY]
+        assert isinstance(asked, list)
+        if not asked:
+            return hashes
+        images = inputs.mm_data_items.get_items("image", ImageProcessorItems)
+        try:
+            identifiers = [
+                # In full, an image may stand for one sent earlier (a client's uuid): its size is not known then.
+                base if entry == FULL else identify(base, self._resolve_image(images, index, entry))
+                for index, (base, entry) in enumerate(zip(hashes["image"], asked, strict=True))
+            ]
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="uuid") from error
+        return {**hashes, "image": identifiers}
 
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
@@ -183,17 +191,18 @@ class _BudgetProcessor:
         if not asked:
             return []
         images = mm_items.get_items("image", ImageProcessorItems)
-        sizes = [images.get_image_size(index) for index in range(len(images))]
-        geometry = self.info.geometry
+        return [self._resolve_image(images, index, entry) for index, entry in enumerate(asked)]
+
+    def _resolve_image(self, images: ImageProcessorItems, index: int, asked: Asked) -> Schedule:
+        if images.get(index) is None:
+            raise VLLMValidationError("send the picture along with its uuid: its size is needed", parameter="uuid")
+        size = images.get_image_size(index)
         try:
-            return [
-                resolve_explicit(geometry, size.height, size.width, entry)
-                if isinstance(entry, tuple)
-                else resolve(geometry, size.height, size.width, entry)
-                for entry, size in zip(asked, sizes, strict=True)
-            ]
+            if isinstance(asked, tuple):
+                return resolve_explicit(self.info.geometry, size.height, size.width, asked)
+            return resolve(self.info.geometry, size.height, size.width, asked)
         except BudgetError as error:
-            key = SCHEDULE_KEY if any(isinstance(entry, tuple) for entry in asked) else BUDGET_KEY
+            key = SCHEDULE_KEY if isinstance(asked, tuple) else BUDGET_KEY
             raise VLLMValidationError(str(error), parameter=key) from error
 
 
@@ -219,6 +228,10 @@ def _one_per_image(key: str, value: Any, num_images: int, *, shared: bool) -> li
 
 def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple)
+
+
+def _holds_lists(value: object) -> bool:
+    return isinstance(value, list | tuple) and any(map(_is_list, value))
 
 
 def _freeze(schedule: Any) -> tuple[tuple[int, ...], ...]:

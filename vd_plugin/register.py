@@ -18,9 +18,10 @@ def register() -> None:
     class VisionDropConfig(VerifyAndUpdateConfig):  # type: ignore[misc]  # vLLM ships no types
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
-            from vd_plugin.validation import check_engine
+            from vd_plugin.validation import check_engine, prepare_staged_engine
 
             check_engine(vllm_config)
+            prepare_staged_engine(vllm_config)
 
     known = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES.values():

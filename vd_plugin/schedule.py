@@ -211,10 +211,7 @@ class Schedule:
     @property
     def rows(self) -> tuple[int, ...]:
         """Visual tokens of the image at each stage; rows[0] is the number of placeholders."""
-        rows = [self.full if self.encoder is None else self.num_tiles * self.encoder.rows]
-        for split in self.decoder:
-            rows.append(rows[-1] if split is None else split.rows)
-        return tuple(rows)
+        return stage_rows(self.full if self.encoder is None else self.num_tiles * self.encoder.rows, self.decoder)
 
     @property
     def num_placeholders(self) -> int:
@@ -268,7 +265,7 @@ def resolve(geometry: Geometry, height: int, width: int, budget: Budget) -> Sche
     return Schedule(budget, full, num_tiles, encoder, tuple(decoder), stages)
 
 
-def resolve_explicit(geometry: Geometry, height: int, width: int, splits: Sequence[Sequence[int]]) -> Schedule:
+def resolve_explicit(geometry: Geometry, height: int, width: int, splits: object) -> Schedule:
     """Resolve rows that were given as (dominant, contextual) pairs: the first for each tile, the others for the image.
 
     Raises:
@@ -302,6 +299,14 @@ def resolve_explicit(geometry: Geometry, height: int, width: int, splits: Sequen
     return Schedule(None, full, num_tiles, encoder, tuple(decoder), stages)
 
 
+def stage_rows(placeholders: int, decoder: Sequence[TokenSplit | None]) -> tuple[int, ...]:
+    """Rows of an image at every stage, from its rows at the encoder's output and what the decoder's stages keep."""
+    rows = [placeholders]
+    for split in decoder:
+        rows.append(rows[-1] if split is None else split.rows)
+    return tuple(rows)
+
+
 def prefill_flops(geometry: Geometry, text_tokens: int, images: Sequence[Schedule]) -> int:
     """Floating-point operations of the decoder's layers over one prompt (2 for each multiply-add, causal attention).
 
@@ -321,8 +326,10 @@ def prefill_flops(geometry: Geometry, text_tokens: int, images: Sequence[Schedul
     return total
 
 
-def default_boundaries(num_layers: int) -> tuple[int, int, int]:
-    """After a quarter, a half and three quarters of the layers."""
+def default_boundaries(num_layers: int) -> tuple[int, ...]:
+    """After a quarter, a half and three quarters of the layers; none in a decoder of fewer than four."""
+    if num_layers < 4:
+        return ()
     return num_layers // 4, num_layers // 2, 3 * num_layers // 4
 
 

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_TILE_ELEMENTS = 1 << 24
+"""Attention weights held at once while scoring: 64 MiB of float32."""
+
 
 class Plan(NamedTuple):
     """Which tokens stay, and where the others go. Index tensors are int64 and ascending, but for `owners`."""
@@ -66,7 +69,7 @@ def select(scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Plan
     donors = rest.index_select(-1, (~is_anchor).nonzero().squeeze(-1).to(rest.device, non_blocking=True))
 
     # 3. Every donor joins the most similar anchor; argmax takes the first of equals.
-    directions = F.normalize(keys.float(), dim=-1)
+    directions = F.normalize(_widen(keys), dim=-1)
     similarity = _rows(directions, donors) @ _rows(directions, anchors).transpose(-1, -2)
     return Plan(kept, anchors, donors, owners=similarity.argmax(dim=-1))
 
@@ -84,10 +87,60 @@ def apply(plan: Plan, tokens: Tensor) -> Tensor:
     if plan.donors.shape[-1] == 0:
         return torch.cat((kept, anchors), dim=-2)
     # A product with the membership matrix, not a scatter: on a GPU scatters add in an order that varies between runs.
-    membership = F.one_hot(plan.owners, num_contextual).transpose(-1, -2).float()
-    totals = membership @ _rows(tokens, plan.donors).float()
-    means = totals / membership.sum(dim=-1, keepdim=True).clamp(min=1)
-    return torch.cat((kept, (anchors.float() + means).to(tokens.dtype)), dim=-2)
+    donors = _widen(_rows(tokens, plan.donors))
+    membership = F.one_hot(plan.owners, num_contextual).transpose(-1, -2).to(donors.dtype)
+    means = (membership @ donors) / membership.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.cat((kept, (anchors + means).to(tokens.dtype)), dim=-2)
+
+
+def visual_scores(queries: Tensor, keys: Tensor, start: int, count: int) -> Tensor:
+    """How much an image looks at each of its own tokens (VisionDrop, section 3.2): the score inside the decoder.
+
+    Args:
+        queries: (heads, N, D) rotated, of one sequence.
+        keys: (kv_heads, N, D) rotated, of the same sequence.
+        start, count: the image's tokens, start..start + count.
+
+    Returns:
+        (count,) float32 at least: mean over heads and over the image's queries of the causal softmax over the whole
+        row, on the image's columns (not renormalised there). What follows the image plays no part.
+    """
+    end = start + count
+    return attention_received(queries[:, start:end], keys[:, :end]) / (queries.shape[0] * count)
+
+
+def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention that the last M tokens of a sequence pay to themselves: the sum over heads and queries, by column.
+
+    Args:
+        queries: (heads, M, D), of the last M tokens.
+        keys: (kv_heads, N, D), of the whole sequence; a key head serves heads / kv_heads query heads.
+
+    Returns:
+        (M,) float32 at least. Works through the queries tile by tile: no (heads, M, N) tensor comes into being.
+    """
+    kv_heads, num_keys, width = keys.shape
+    num_queries = queries.shape[1]
+    first = num_keys - num_queries
+    grouped = _widen(queries).unflatten(0, (kv_heads, -1)) * width**-0.5
+    transposed = _widen(keys).transpose(-1, -2).unsqueeze(1)
+    columns = torch.arange(num_keys, device=keys.device)
+    received = torch.zeros(num_queries, dtype=grouped.dtype, device=keys.device)
+    tile = max(1, _TILE_ELEMENTS // (queries.shape[0] * num_keys))
+    for begin in range(0, num_queries, tile):
+        rows = slice(begin, min(begin + tile, num_queries))
+        # Causal: row i of the tile sees keys up to its own; nothing behind the tile's last row is computed.
+        seen = first + rows.stop
+        logits = grouped[:, :, rows] @ transposed[..., :seen]
+        hidden = columns[:seen] > first + torch.arange(rows.start, rows.stop, device=keys.device).unsqueeze(1)
+        weights = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        received[: rows.stop] += weights[..., first:].sum(dim=(0, 1, 2))
+    return received
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """At least float32: sums and similarities in half precision would tie too often."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _rows(tokens: Tensor, index: Tensor) -> Tensor:

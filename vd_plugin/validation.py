@@ -5,13 +5,20 @@ Called when vLLM has put its configuration together, before any weight is read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vd_plugin.options import read_geometry
+from vd_plugin.schedule import Geometry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger(f"vllm.{__name__}")
+"""vLLM shows the log lines of its own name space only."""
+
+SCHEDULER = "vd_plugin.scheduler.VisionDropScheduler"
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -45,11 +52,78 @@ def check_model(hf_config: Any) -> None:
             "VisionDrop needs vision_feature_select_strategy 'default', which leaves CLS out of the stock features; "
             f"this checkpoint has {hf_config.vision_feature_select_strategy!r}"
         )
-    geometry = read_geometry(hf_config)
-    if geometry.boundaries:
+    read_geometry(hf_config)
+
+
+def check_decoder(decoder: Any, geometry: Geometry) -> None:
+    """Refuse decoders that `decoder.py` does not know how to run stage by stage.
+
+    Raises:
+        NotImplementedError: not a stack of Llama-shaped layers.
+    """
+    if not geometry.boundaries:
+        return
+    from vllm.model_executor.models.llama import LlamaModel
+    from vllm.model_executor.models.qwen2 import Qwen2Model
+
+    attention = decoder.layers[0].self_attn
+    if not isinstance(decoder, LlamaModel | Qwen2Model) or getattr(attention, "qk_norm", False):
         raise NotImplementedError(
-            "VisionDrop does not prune inside the decoder in this version: set visiondrop.layers to []"
+            f"VisionDrop prunes inside Llama, Mistral and Qwen2 decoders, not {type(decoder).__name__}: "
+            "set visiondrop.layers to [] to prune at the encoder alone"
         )
+
+
+def prepare_staged_engine(vllm_config: VllmConfig) -> None:
+    """Set the engine flags that pruning inside the decoder needs, where nothing else was asked for.
+
+    Raises:
+        NotImplementedError: something else was asked for; names the setting to change.
+    """
+    from vllm.config.compilation import CompilationMode, CUDAGraphMode
+
+    geometry = read_geometry(vllm_config.model_config.hf_config)
+    if not geometry.boundaries:
+        return
+    scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+    # Stages run layer by layer, so the model as a whole is not compiled; decode steps are captured as full graphs.
+    if compilation.mode is None:
+        compilation.mode = CompilationMode.NONE
+    if compilation.cudagraph_mode is None:
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    for reason in _unsupported_in_stages(vllm_config):
+        raise NotImplementedError(f"VisionDrop does not support {reason}, or visiondrop.layers to []")
+    scheduler.scheduler_cls = SCHEDULER
+    # An image is computed whole, beside every request that decodes.
+    needed = geometry.max_full_tokens() + scheduler.max_num_seqs
+    if scheduler.max_num_batched_tokens < needed:
+        logger.warning(
+            "max_num_batched_tokens raised from %d to %d: one image of %d tokens beside max_num_seqs=%d decodes",
+            scheduler.max_num_batched_tokens, needed, geometry.max_full_tokens(), scheduler.max_num_seqs,
+        )  # fmt: skip
+        scheduler.max_num_batched_tokens = needed
+        scheduler.max_num_encoder_input_tokens = max(scheduler.max_num_encoder_input_tokens, needed)
+        scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, needed)
+
+
+def _unsupported_in_stages(vllm_config: VllmConfig) -> Iterator[str]:
+    from vllm.config.compilation import CompilationMode, CUDAGraphMode
+
+    scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+    if compilation.mode != CompilationMode.NONE:
+        yield f"compilation mode {compilation.mode.name}: leave compilation_config.mode unset"
+    if compilation.cudagraph_mode not in (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY):
+        yield f"CUDA graphs of kind {compilation.cudagraph_mode.name}: set cudagraph_mode to FULL_DECODE_ONLY or NONE"
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        yield "another scheduler: leave scheduler_cls unset"
+    if scheduler.disable_hybrid_kv_cache_manager:
+        yield "one KV-cache group for all layers: leave disable_hybrid_kv_cache_manager unset"
+    if scheduler.long_prefill_token_threshold > 0:
+        yield "cutting long prompts short of an image: leave long_prefill_token_threshold unset"
+    if vllm_config.cache_config.cache_dtype != "auto":
+        yield f"a KV cache of {vllm_config.cache_config.cache_dtype}: set kv_cache_dtype to auto"
+    if not scheduler.enable_chunked_prefill:
+        yield "prompts without chunks: leave enable_chunked_prefill unset"
 
 
 def _unsupported_settings(vllm_config: VllmConfig) -> Iterator[str]:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.models.clip import CLIPEncoderLayer, CLIPVisionModel
 
+from vd_plugin.parallel import sum_over_ranks
 from vd_plugin.schedule import TokenSplit
 from vd_plugin.selection import apply, select
 
@@ -36,6 +36,8 @@ class PrunedTiles(NamedTuple):
     """(T, rows, D): CLS, kept patches in index order, contextual tokens."""
     kept: Tensor
     """(T, dominant - 1) int64, indices of the kept patches, 0..N-2."""
+    anchors: Tensor
+    """(T, contextual) int64, indices of the patches that the contextual tokens grew from."""
 
 
 def run_tower(tower: CLIPVisionModel, pixel_values: Tensor) -> TileFeatures:
@@ -57,8 +59,8 @@ def run_tower(tower: CLIPVisionModel, pixel_values: Tensor) -> TileFeatures:
     key = key.unflatten(-1, (heads, -1)).float()
     weights = (torch.einsum("thd,tnhd->thn", query, key) * attention.scale).softmax(dim=-1)
     scores, keys = weights.sum(dim=1), key.sum(dim=2)
-    if attention.tp_size > 1:
-        scores, keys = _sum_over_ranks(scores, attention.tp_size), _sum_over_ranks(keys, attention.tp_size)
+    if attention.tp_size > 1:  # else the tower runs whole on every rank
+        scores, keys = sum_over_ranks(scores), sum_over_ranks(keys)
     return TileFeatures(hidden, scores[:, 1:], keys[:, 1:] / attention.num_heads)
 
 
@@ -67,32 +69,40 @@ def prune_tiles(features: TileFeatures, split: TokenSplit) -> PrunedTiles:
     cls, patches = features.tokens[:, :1], features.tokens[:, 1:]
     dominant = split.dominant - 1
     if dominant + split.contextual == 0:
-        return PrunedTiles(cls, torch.empty(cls.shape[0], 0, dtype=torch.int64, device=cls.device))
+        none = torch.empty(cls.shape[0], 0, dtype=torch.int64, device=cls.device)
+        return PrunedTiles(cls, none, none)
     plan = select(features.scores, features.keys, dominant, split.contextual)
-    return PrunedTiles(torch.cat((cls, apply(plan, patches)), dim=1), plan.kept)
+    return PrunedTiles(torch.cat((cls, apply(plan, patches)), dim=1), plan.kept, plan.anchors)
 
 
 def order_image(tokens: Tensor, kept: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """One image's sequence: (T, rows, D) pruned tiles, base tile first -> (T * rows, D).
+    """One image's sequence: (T, rows, D) pruned tiles, base tile first -> (T * rows, D)."""
+    return tokens.flatten(0, 1)[image_order(kept, tokens.shape[1], grid, side)]
+
+
+def image_order(kept: Tensor, num_rows: int, grid: tuple[int, int], side: int) -> Tensor:
+    """(T * rows,) int64: for each row of an image's sequence, its place among the tiles' rows laid end to end.
 
     All of the base tile, then the other tiles' kept patches in reading order over the whole grid, then their CLS
     tokens, then their contextual tokens, both in tile order (the release's order; no newlines, no unpadding).
 
     Args:
         kept: (T, K) patch indices of each tile's kept patches.
+        num_rows: rows of a tile: CLS, kept patches, contextual tokens.
         grid: rows and columns of tiles, the base tile left out.
         side: patches along a tile's edge.
     """
-    base, tiles = tokens[0], tokens[1:]
-    if tiles.shape[0] == 0:
+    num_tiles, num_kept = kept.shape
+    places = torch.arange(num_tiles * num_rows, device=kept.device).view(num_tiles, num_rows)
+    base, tiles = places[0], places[1:]
+    if num_tiles == 1:
         return base
-    num_kept = kept.shape[1]
-    tile = torch.arange(tiles.shape[0], device=kept.device).unsqueeze(1)
+    tile = torch.arange(num_tiles - 1, device=kept.device).unsqueeze(1)
     row = tile // grid[1] * side + kept[1:] // side
     column = tile % grid[1] * side + kept[1:] % side
     reading_order = (row * (grid[1] * side) + column).flatten().argsort()
-    patches = tiles[:, 1 : 1 + num_kept].flatten(0, 1)[reading_order]
-    return torch.cat((base, patches, tiles[:, 0], tiles[:, 1 + num_kept :].flatten(0, 1)))
+    patches = tiles[:, 1 : 1 + num_kept].flatten()[reading_order]
+    return torch.cat((base, patches, tiles[:, 0], tiles[:, 1 + num_kept :].flatten()))
 
 
 def _run_last_layer(layer: CLIPEncoderLayer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,13 +113,3 @@ def _run_last_layer(layer: CLIPEncoderLayer, hidden: Tensor) -> tuple[Tensor, Te
     attended, _ = attention.out_proj(attention.attn(query, key, value))
     hidden = hidden + attended
     return hidden + layer.mlp(layer.layer_norm2(hidden)), query, key
-
-
-def _sum_over_ranks(partial: Tensor, num_ranks: int) -> Tensor:
-    """Sum heads that are sharded over tensor-parallel ranks.
-
-    Gathered, then summed in rank order by every rank, not all-reduced: the ranks must select the same tokens, so their
-    sums must agree to the last bit, which the order of an all-reduce does not promise.
-    """
-    gathered = tensor_model_parallel_all_gather(partial.contiguous(), dim=0)
-    return gathered.unflatten(0, (num_ranks, -1)).sum(dim=0)

@@ -1,0 +1,62 @@
+"""vLLM's scheduler, with two additions: images are computed whole, and KV-cache managers know where images lie.
+
+Base class: the asynchronous scheduler, which also runs synchronous engines.
+Upstream: `vllm/v1/core/sched/scheduler.py` (vLLM 0.32).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import Request
+
+from vd_plugin.kv_cache import StagedKVCacheManager
+from vd_plugin.spans import ImageSpan, read_spans, whole_images
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class VisionDropScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._spans: WeakKeyDictionary[Request, tuple[ImageSpan, ...]] = WeakKeyDictionary()
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, StagedKVCacheManager):
+                manager.spans_of = lambda request_id: self._spans_of(self.requests[request_id])
+
+    def _spans_of(self, request: Request) -> tuple[ImageSpan, ...]:
+        if request not in self._spans:
+            self._spans[request] = read_spans(request.mm_features)
+        return self._spans[request]
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """End the step before an image that does not fit in it.
+
+        vLLM's own `disable_chunked_mm_input` does not hold for an image that begins where the step begins. It cannot
+        starve: running requests are served in order, and a step has room for every decode beside the largest image.
+        """
+        spans = self._spans_of(request)
+        if spans and self._wants_prompt_logprobs(request):
+            # The scheduler's way to end a request that cannot be served, whatever the reason.
+            logger.warning("request %s: prompt_logprobs are not available for pruned images", request.request_id)
+            self.encoder_cache_mismatch_reqs.add(request.request_id)
+            return [], 0, encoder_compute_budget, [], []
+        end = whole_images(spans, num_computed_tokens, num_computed_tokens + num_new_tokens)
+        answer: tuple[list[int], int, int, list[int], list[int]] = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, end - num_computed_tokens, encoder_compute_budget, shift_computed_tokens
+        )
+        return answer
+
+    @staticmethod
+    def _wants_prompt_logprobs(request: Request) -> bool:
+        return request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None
