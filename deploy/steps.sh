@@ -1,7 +1,7 @@
 # What deploy/setup.sh and deploy/lock.sh share: numbered steps, failures that say what to do, Python and PyTorch.
 # Sourced, never run. The caller sets `log` (a file) and `num_steps`.
 
-torch_cpu_index=https://download.pytorch.org/whl/cpu
+uv_pin=uv==0.13.9 # knows PyTorch's own package index by name
 step_number=0
 child=
 
@@ -112,13 +112,14 @@ check_disk() {
 }
 
 # install_torch_cpu PYTHON PIN: PyTorch's CPU build, never another. Its version says so (+cpu), and the main package index
-# has no such version. pip's own sources come first (a wheel on disk, a mirror), then PyTorch's CPU index by name.
+# has no such version. pip's own sources come first (a wheel on disk, a mirror), then PyTorch's own index, by name.
 install_torch_cpu() {
   [[ $2 == torch==*+cpu ]] || {
     echo "not a CPU build: '$2'"
     return 1
   }
   "$1" -m pip install --no-input --no-deps --only-binary :all: "$2" && return
-  echo "not among pip's own sources; asking PyTorch's CPU index"
-  "$1" -m pip install --no-input --no-deps --only-binary :all: --index-url "$torch_cpu_index" "$2"
+  echo "not among pip's own sources; asking PyTorch's own index"
+  "$1" -m pip install --no-input --no-deps --only-binary :all: "$uv_pin"
+  "$1" -m uv pip install --python "$1" --no-deps --torch-backend=cpu "${2%+cpu}"
 }

@@ -126,7 +126,7 @@ class _BudgetProcessor:
         try:
             identifiers = [
                 # In full, an image may stand for one sent earlier (a client's uuid): its size is not known then.
-                base if entry == FULL else identify(base, self._resolve_image(images, index, entry))
+                identify(base, None if entry == FULL else self._resolve_image(images, index, entry))
                 for index, (base, entry) in enumerate(zip(hashes["image"], asked, strict=True))
             ]
         except ValueError as error:

@@ -16,15 +16,15 @@ from vd_plugin.schedule import Schedule, TokenSplit, stage_rows
 _MARK: Final = "~visiondrop:"
 
 
-def identify(base: str, schedule: Schedule) -> str:
-    """Identifier of an image with a schedule: the stock identifier, followed by what every stage keeps.
+def identify(base: str, schedule: Schedule | None) -> str:
+    """Identifier of an image: the stock identifier, followed by what every stage of its schedule keeps, if any does.
 
     Raises:
         ValueError: `base`, which may come from a client, already carries a schedule.
     """
     if _MARK in base:
         raise ValueError(f"an image identifier may not contain {_MARK!r}")
-    if schedule.is_full:
+    if schedule is None or schedule.is_full:
         return base
     stages = (
         f"{split.dominant}.{split.contextual}" if split else "" for split in (schedule.encoder, *schedule.decoder)

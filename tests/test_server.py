@@ -1,0 +1,271 @@
+"""The whole way on the real engine: `visiondrop serve` as a process of its own, asked by the official OpenAI client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from engines import draw
+from openai.types.chat import ChatCompletion
+from PIL import Image
+
+from vd_plugin.schedule import FULL, PRESETS, Geometry, Schedule, parse_budget, resolve
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+START_SECONDS = 240
+
+
+@contextmanager
+def process(*arguments: str, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python process with the environment of a user, stopped at the end in whatever state it is."""
+    clean = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, env={**clean, **environment}
+        )
+        try:
+            yield child
+        finally:
+            tree = [*psutil.Process(child.pid).children(recursive=True)] if child.poll() is None else []
+            child.kill()
+            child.wait()
+            for orphan in tree:
+                if orphan.is_running():
+                    orphan.kill()
+
+
+def wait_until_ready(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert child.poll() is None, log.read_text()[-3000:]
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.3)
+    pytest.fail(f"not ready in {START_SECONDS} s: {log.read_text()[-3000:]}")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Server:
+    def __init__(self, child: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.child, self.log = child, log
+        self.url = f"http://127.0.0.1:{port}"
+        wait_until_ready(f"{self.url}/ready", child, log)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        self.model = self.client.models.list().data[0].id
+
+    def ask(self, *pictures: Image.Image, question: str = "What is this?", **options: Any) -> Any:
+        content: list[Any] = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+        content.append({"type": "text", "text": question})
+        options = {"max_tokens": 4, "temperature": 0, **options}
+        return self.client.chat.completions.create(
+            model=self.model, messages=[{"role": "user", "content": content}], **options
+        )
+
+
+def data_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log, port = tmp_path_factory.mktemp("server") / "log", free_port()
+    options = ("--", "--max-model-len", "6144", "--max-num-seqs", "4", "--enforce-eager", "--skip-mm-profiling")
+    with process("-m", "server.cli", "serve", str(demo), "--port", str(port), *options, log=log) as child:
+        yield Server(child, port, log)
+        descendants = psutil.Process(child.pid).children(recursive=True)
+        assert len(descendants) >= 2, "an API server and an engine core"
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=30) == 0
+        assert not psutil.wait_procs(descendants, timeout=5)[1], "no orphan"
+
+
+@pytest.fixture(scope="module")
+def geometry(demo: Path) -> Geometry:
+    from transformers import AutoConfig
+
+    from vd_plugin.options import read_geometry
+
+    return read_geometry(AutoConfig.from_pretrained(demo))
+
+
+def visual_tokens(answer: ChatCompletion) -> dict[str, Any]:
+    assert answer.usage is not None
+    return answer.usage.model_dump()["visual_tokens"]
+
+
+def expected(*schedules: Schedule) -> dict[str, Any]:
+    return {
+        "images": len(schedules),
+        "full": sum(schedule.full for schedule in schedules),
+        "kept": sum(schedule.kept for schedule in schedules),
+        "saved": sum(schedule.saved for schedule in schedules),
+        "per_image": [
+            {
+                "budget": FULL if schedule.is_full else schedule.budget,
+                "full": schedule.full,
+                "kept": schedule.kept,
+                "stages": list(schedule.rows),
+            }
+            for schedule in schedules
+        ],
+    }
+
+
+@pytest.mark.parametrize("budget", [*PRESETS, FULL, 32, 100_000, None])
+def test_each_budget_is_served_and_reported(server: Server, geometry: Geometry, budget: str | int | None) -> None:
+    picture = draw(672, 672)
+    extra = {} if budget is None else {"visual_token_budget": budget}
+    answer = server.ask(picture, extra_body=extra)
+    schedule = resolve(geometry, 672, 672, parse_budget("high" if budget is None else budget))
+    assert answer.choices[0].message.content
+    assert visual_tokens(answer) == expected(schedule)
+    details = answer.usage.model_dump()["prompt_tokens_details"]
+    assert details["image_tokens"] == schedule.num_placeholders
+    assert details["text_tokens"] + details["image_tokens"] == answer.usage.prompt_tokens
+
+
+def test_two_images_and_no_image(server: Server, geometry: Geometry) -> None:
+    answer = server.ask(draw(300, 500, 1), draw(800, 200, 2), extra_body={"visual_token_budget": 320})
+    assert visual_tokens(answer) == expected(resolve(geometry, 500, 300, 320), resolve(geometry, 200, 800, 320))
+    answer = server.ask(question="Hello?")
+    assert answer.choices[0].message.content
+    assert visual_tokens(answer) == {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
+
+
+def test_stream_tells_the_same(server: Server) -> None:
+    picture = draw(336, 672, 3)
+    options = {"extra_body": {"visual_token_budget": "low"}, "max_tokens": 6}
+    whole = server.ask(picture, **options)
+    chunks = list(server.ask(picture, stream=True, stream_options={"include_usage": True}, **options))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.model_dump()["visual_tokens"] == visual_tokens(whole)
+    assert not any(chunk.usage for chunk in server.ask(picture, stream=True, **options))
+
+
+def test_turns_with_pictures_in_the_history(server: Server) -> None:
+    def user(picture: Image.Image, text: str) -> dict[str, Any]:
+        url = {"type": "image_url", "image_url": {"url": data_url(picture)}}
+        return {"role": "user", "content": [url, {"type": "text", "text": text}]}
+
+    messages: list[Any] = [user(draw(336, 336, 1), "One?"), {"role": "assistant", "content": "one"}]
+    messages.append(user(draw(400, 400, 2), "Two?"))
+    answer = server.client.chat.completions.create(
+        model=server.model, messages=messages, max_tokens=2, extra_body={"visual_token_budget": "low"}
+    )
+    assert visual_tokens(answer)["images"] == 2
+
+
+@pytest.mark.parametrize("budget", [0, 31, -1, 1.5, True, "lots"])
+def test_bad_budgets_get_one_sentence_and_serving_goes_on(server: Server, budget: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        server.ask(draw(64, 64), extra_body={"visual_token_budget": budget})
+    assert refusal.value.param == "visual_token_budget"
+    assert "Traceback" not in str(refusal.value)
+    assert server.ask(draw(64, 64)).choices
+
+
+def test_an_image_that_is_none_is_refused(server: Server) -> None:
+    url = "data:image/png;base64," + base64.b64encode(b"no picture").decode()
+    content: Any = [{"type": "image_url", "image_url": {"url": url}}]
+    with pytest.raises(openai.BadRequestError) as refusal:
+        server.client.chat.completions.create(model=server.model, messages=[{"role": "user", "content": content}])
+    assert refusal.value.param == "messages[0].content[0].image_url.url"
+
+
+def test_metrics_count_what_was_saved(server: Server) -> None:
+    def saved() -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        prefix = 'visiondrop_visual_tokens_saved_total{budget_class="medium"}'
+        return float(next(line for line in lines if line.startswith(prefix)).split()[-1])
+
+    before = saved()
+    answer = server.ask(draw(500, 500), extra_body={"visual_token_budget": "medium"})
+    assert saved() - before == visual_tokens(answer)["saved"] > 0
+    mismatches = [line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if "mismatch_total" in line]
+    assert float(mismatches[-1].split()[-1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"), [("/no/such/model", "no such model folder"), ("EMPTY", "holds no config.json")]
+)
+def test_unusable_models_end_with_one_sentence(tmp_path: Path, model: str, sentence: str) -> None:
+    folder = str(tmp_path) if model == "EMPTY" else model
+    port = str(free_port())
+    command = [sys.executable, "-m", "server.cli", "serve", folder, "--port", port]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert sentence in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+
+
+def test_server_stops_when_its_engine_dies(demo: Path, tmp_path: Path) -> None:
+    log, port = tmp_path / "log", free_port()
+    with process("-m", "server.cli", "serve", str(demo), "--port", str(port), log=log) as child:
+        wait_until_ready(f"http://127.0.0.1:{port}/ready", child, log)
+        descendants = psutil.Process(child.pid).children(recursive=True)
+        descendants[-1].kill()
+        assert child.wait(timeout=60) == 1
+        assert not psutil.wait_procs(descendants, timeout=5)[1], "no orphan"
+        last = log.read_text().splitlines()[-1]
+        assert last.startswith("visiondrop: error:"), last
+
+
+def test_vllms_own_server_serves_budgets_without_a_gateway(demo: Path, tmp_path: Path) -> None:
+    log, port = tmp_path / "log", free_port()
+    overrides = '{"architectures": ["VisionDropLlavaNextForConditionalGeneration"]}'
+    options = ["--hf-overrides", overrides, "--trust-request-mm-kwargs", "--enable-prompt-tokens-details"]
+    server = ["--model", str(demo), "--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "4"]
+    command = ("-m", "vllm.entrypoints.openai.api_server", *server, *options)
+    with process(*command, log=log, VLLM_PLUGINS="visiondrop") as child:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(f"{url}/health", child, log)
+        assert httpx.get(f"{url}/visiondrop/geometry").json()["geometry"]["rule_version"] == 1
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        part = {"type": "image_url", "image_url": {"url": data_url(draw(672, 672))}}
+        messages: list[Any] = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+
+        def image_tokens(**kwargs: Any) -> dict[str, int]:
+            extra = {"mm_processor_kwargs": kwargs} if kwargs else {}
+            answer = client.chat.completions.create(model=str(demo), messages=messages, max_tokens=2, extra_body=extra)
+            return answer.usage.model_dump()["prompt_tokens_details"]["multimodal_tokens"]
+
+        assert image_tokens() == image_tokens(visual_token_budget="full") == {"image": 2928}
+        assert image_tokens(visual_token_budget=320) == {"image": 480}
+        with pytest.raises(openai.BadRequestError, match="at least 32"):
+            image_tokens(visual_token_budget=31)
+        assert image_tokens(visual_token_budget=[160]) == {"image": 240}
+
+
+def test_demo_asks_at_every_budget_and_prints_a_table(demo: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    command = [sys.executable, "-m", "server.cli", "demo", str(demo)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for name in (FULL, *PRESETS):
+        assert any(line.split()[:1] == [name] for line in run.stdout.splitlines()), run.stdout

@@ -1,0 +1,265 @@
+"""What is not known to work is refused, each with a sentence that names the setting to change."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from engines import FAST
+from vllm import envs
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+
+import vd_plugin
+from vd_plugin.cpu.bootstrap import ENVIRONMENT
+from vd_plugin.options import parse_boundaries, read_geometry
+from vd_plugin.validation import check_decoder, check_engine, check_model, prepare_staged_engine
+
+
+@pytest.fixture(scope="module")
+def real(demo: Path) -> Any:
+    """What vLLM makes of our arguments; made without a complaint."""
+    return EngineArgs(**vd_plugin.engine_args(str(demo), visiondrop={"layers": []}, **FAST)).create_engine_config()
+
+
+@pytest.fixture
+def config(real: Any) -> Any:
+    """A copy to change: whatever the checks read is copied, the rest shared."""
+    changed = copy.copy(real)
+    for part in ("cache_config", "compilation_config", "parallel_config", "scheduler_config"):
+        setattr(changed, part, copy.copy(getattr(real, part)))
+    changed.model_config = copy.copy(real.model_config)
+    changed.model_config.multimodal_config = copy.copy(real.model_config.multimodal_config)
+    changed.model_config.hf_config = copy.deepcopy(real.model_config.hf_config)
+    return changed
+
+
+def test_the_usual_settings_are_accepted(config: Any) -> None:
+    check_engine(config)
+
+
+FAKE = SimpleNamespace(fake=True)
+"""Stands for any configuration object whose presence alone matters."""
+
+REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
+    ("pipeline", lambda c: setattr(c.parallel_config, "pipeline_parallel_size", 2), "pipeline_parallel_size to 1"),
+    ("pcp", lambda c: setattr(c.parallel_config, "prefill_context_parallel_size", 2), "prefill_context_parallel_size"),
+    ("dcp", lambda c: setattr(c.parallel_config, "decode_context_parallel_size", 2), "decode_context_parallel_size"),
+    ("dbo", lambda c: setattr(c.parallel_config, "enable_dbo", True), "enable_dbo and ubatch_size"),
+    ("ubatch", lambda c: setattr(c.parallel_config, "ubatch_size", 2), "enable_dbo and ubatch_size"),
+    ("speculative", lambda c: setattr(c, "speculative_config", FAKE), "speculative_config"),
+    ("lora", lambda c: setattr(c, "lora_config", FAKE), "enable_lora"),
+    ("kv connector", lambda c: setattr(c, "kv_transfer_config", FAKE), "kv_transfer_config"),
+    ("ec connector", lambda c: setattr(c, "ec_transfer_config", FAKE), "ec_transfer_config"),
+    ("embeds", lambda c: setattr(c.model_config.multimodal_config, "enable_mm_embeds", True), "enable_mm_embeds"),
+    (
+        "shm",
+        lambda c: setattr(c.model_config.multimodal_config, "mm_processor_cache_type", "shm"),
+        "mm_processor_cache_type to 'lru'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_an_engine_setting_is_refused(config: Any, change: Callable[[Any], object], says: str) -> None:
+    change(config)
+    with pytest.raises(NotImplementedError, match=f"VisionDrop does not support .*{says}"):
+        check_engine(config)
+
+
+def test_the_first_model_runner_is_refused(config: Any, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs.disable_envs_cache()  # which a running engine switches on
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(NotImplementedError, match="set VLLM_USE_V2_MODEL_RUNNER=1"):
+        check_engine(config)
+    with pytest.raises(Exception, match="set VLLM_USE_V2_MODEL_RUNNER=1"):
+        EngineArgs(**vd_plugin.engine_args(str(demo), **FAST)).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"enable_lora": True}, "enable_lora"),
+        ({"enable_mm_embeds": True}, "enable_mm_embeds"),
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline_parallel_size"),
+    ],
+    ids=repr,
+)
+def test_vllm_asks_before_it_starts(demo: Path, arguments: dict[str, Any], says: str) -> None:
+    """The check is reached on vLLM's own way to a configuration."""
+    with pytest.raises(Exception, match=f"VisionDrop does not support .*{says}"):
+        EngineArgs(**vd_plugin.engine_args(str(demo), **{**FAST, **arguments})).create_engine_config()
+
+
+MODELS: list[tuple[Callable[[Any], object], str]] = [
+    (lambda c: setattr(c.vision_config, "model_type", "siglip_vision_model"), "tower is 'siglip_vision_model'"),
+    (lambda c: setattr(c, "vision_feature_layer", [-2, -5]), "one vision_feature_layer"),
+    (lambda c: setattr(c, "vision_feature_select_strategy", "full"), "has 'full'"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), MODELS, ids=[says for _, says in MODELS])
+def test_a_model_is_refused(config: Any, change: Callable[[Any], object], says: str) -> None:
+    check_model(config.model_config.hf_config)
+    change(config.model_config.hf_config)
+    with pytest.raises(NotImplementedError, match=says):
+        check_model(config.model_config.hf_config)
+    with pytest.raises(NotImplementedError, match=says):
+        check_engine(config)
+
+
+def test_wrong_options_in_a_configuration_are_refused(config: Any) -> None:
+    config.model_config.hf_config.visiondrop = {"depth": 3}
+    with pytest.raises(ValueError, match="options of 'visiondrop'"):
+        check_engine(config)
+
+
+# Refusals of decoder stages alone
+
+
+@pytest.fixture
+def staged(config: Any) -> Any:
+    config.model_config.hf_config.visiondrop = {"layers": [2, 4, 6]}
+    return config
+
+
+STAGED: list[tuple[str, Callable[[Any], object], str]] = [
+    ("compiled", lambda c: setattr(c.compilation_config, "mode", CompilationMode.VLLM_COMPILE), "compilation mode"),
+    ("graphs", lambda c: setattr(c.compilation_config, "cudagraph_mode", CUDAGraphMode.PIECEWISE), "cudagraph_mode"),
+    ("scheduler", lambda c: setattr(c.scheduler_config, "scheduler_cls", "a.fake.Scheduler"), "scheduler_cls"),
+    (
+        "one group",
+        lambda c: setattr(c.scheduler_config, "disable_hybrid_kv_cache_manager", True),
+        "disable_hybrid_kv_cache_manager",
+    ),
+    (
+        "cut prompts",
+        lambda c: setattr(c.scheduler_config, "long_prefill_token_threshold", 99),
+        "long_prefill_token_threshold",
+    ),
+    ("cache type", lambda c: setattr(c.cache_config, "cache_dtype", "fp8"), "kv_cache_dtype"),
+    ("no chunks", lambda c: setattr(c.scheduler_config, "enable_chunked_prefill", False), "enable_chunked_prefill"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), [row[1:] for row in STAGED], ids=[row[0] for row in STAGED])
+def test_a_setting_is_refused_with_decoder_stages_alone(
+    staged: Any, change: Callable[[Any], object], says: str
+) -> None:
+    change(staged)
+    with pytest.raises(NotImplementedError, match=f"VisionDrop does not support .*{says}.*, or visiondrop.layers to"):
+        prepare_staged_engine(staged)
+    staged.model_config.hf_config.visiondrop = {"layers": []}
+    prepare_staged_engine(staged)
+
+
+def test_the_usual_settings_are_accepted_with_decoder_stages(staged: Any) -> None:
+    prepare_staged_engine(staged)
+    assert staged.scheduler_config.scheduler_cls == "vd_plugin.scheduler.VisionDropScheduler"
+
+
+def test_an_unknown_decoder_is_refused_with_decoder_stages_alone(staged: Any) -> None:
+    fake = SimpleNamespace(layers=[SimpleNamespace(self_attn=FAKE)])
+    with pytest.raises(NotImplementedError, match="inside Llama, Mistral and Qwen2 decoders, not SimpleNamespace"):
+        check_decoder(fake, read_geometry(staged.model_config.hf_config))
+    staged.model_config.hf_config.visiondrop = {"layers": []}
+    check_decoder(fake, read_geometry(staged.model_config.hf_config))
+
+
+# engine_args
+
+
+def test_engine_args_add_to_what_they_are_given(demo: Path) -> None:
+    arguments = vd_plugin.engine_args(
+        str(demo), visiondrop={"layers": []}, max_model_len=99, hf_overrides={"vision_feature_layer": -1}
+    )
+    assert arguments == {
+        "model": str(demo),
+        "max_model_len": 99,
+        "hf_overrides": {
+            "vision_feature_layer": -1,
+            "architectures": ["VisionDropLlavaNextForConditionalGeneration"],
+            "visiondrop": {"layers": []},
+        },
+    }
+
+
+def test_engine_args_know_both_models(llava15: Path) -> None:
+    assert vd_plugin.engine_args(str(llava15))["hf_overrides"]["architectures"] == [
+        "VisionDropLlavaForConditionalGeneration"
+    ]
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./no-such-folder", "../no-such-folder"])
+def test_a_missing_folder_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match=f"no such model folder: {re.escape(path)}"):
+        vd_plugin.engine_args(path)
+
+
+def test_an_unknown_name_is_refused_in_one_sentence() -> None:
+    with pytest.raises(ValueError, match="neither as a folder nor as a model id") as caught:
+        vd_plugin.engine_args("no-such-name")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        vd_plugin.engine_args(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no-such-type"}'])
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="cannot read a model configuration"):
+        vd_plugin.engine_args(str(tmp_path))
+
+
+def test_another_kind_of_checkpoint_is_refused(tmp_path: Path, demo: Path) -> None:
+    decoder = json.loads((demo / "config.json").read_text())["text_config"]
+    (tmp_path / "config.json").write_text(json.dumps(decoder))
+    with pytest.raises(ValueError, match="is a 'llama' checkpoint; VisionDrop serves llava_next and llava"):
+        vd_plugin.engine_args(str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{"layer": [1]}, {"layers": [], "budget": 3}, {"layers": "2,4,6"}, {"layers": 4}])
+def test_unknown_options_are_refused(demo: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="visiondrop"):
+        vd_plugin.engine_args(str(demo), visiondrop=options)
+
+
+@pytest.mark.parametrize("layers", [[1.0, 2, 3], [True, 2, 3], ["2", 4, 6], [None], {2, 4, 6}], ids=repr)
+def test_depths_that_are_no_integers_are_refused(layers: Any) -> None:
+    with pytest.raises(ValueError, match="must be a list of decoder depths"):
+        parse_boundaries({"layers": layers}, default=())
+
+
+def test_overrides_by_a_function_are_refused(demo: Path) -> None:
+    with pytest.raises(ValueError, match="hf_overrides must be a mapping"):
+        vd_plugin.engine_args(str(demo), hf_overrides=lambda config: config)
+
+
+def test_engine_args_may_come_before_vllm_is_imported(demo: Path) -> None:
+    """transformers imports Triton on its way, which reads only then whether it is to interpret.
+
+    Without vLLM's variables at that point the first request fails: "Cannot call @triton.jit'd outside of a kernel".
+    """
+    code = (
+        "import sys, vd_plugin; vd_plugin.engine_args(sys.argv[1]); import vllm, triton, triton.language as tl;"
+        "print(type(tl.cdiv).__name__, triton.knobs.runtime.interpret)"
+    )
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    fresh = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    ran = subprocess.run([sys.executable, "-c", code, str(demo)], env=fresh, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["InterpretedFunction", "True"]
