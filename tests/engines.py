@@ -125,10 +125,10 @@ def draw(width: int, height: int, seed: int = 0) -> Image.Image:
 _running: tuple[str, Engine] | None = None
 
 
-def start(model: str | Path, **overrides: Any) -> Engine:
-    """An engine with the plugin and without decoder stages; the running one if it is the same."""
+def start(model: str | Path, *, layers: Sequence[int] = (), **overrides: Any) -> Engine:
+    """An engine with the plugin, by default without decoder stages; the running one if it is the same."""
     options = {**FAST, **overrides}
-    return _start(vd_plugin.engine_args(str(model), visiondrop={"layers": []}, **options))
+    return _start(vd_plugin.engine_args(str(model), visiondrop={"layers": list(layers)}, **options))
 
 
 def start_stock(model: str | Path, **overrides: Any) -> Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vd_plugin.cpu.interpreter import mend_masked_store
 from vd_plugin.options import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def register() -> None:
             check_engine(vllm_config)
             prepare_staged_engine(vllm_config)
 
+    mend_masked_store()
     known = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES.values():
         if architecture not in known:

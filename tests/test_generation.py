@@ -1,0 +1,123 @@
+"""What vLLM can do with an answer works with pruned images: several answers, stop strings, structure, streaming."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import VOCABULARY, Engine, draw, request
+from staged import SAME, Stepper, greedy, start_large
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+ASKED = request("USER: <image>\nWhat is it? ASSISTANT:", [draw(640, 320)], visual_token_budget=100)
+TEXT = request("USER: What is it? ASSISTANT:")
+
+
+@pytest.fixture(scope="module")
+def engine(demo: Path) -> Engine:
+    return start_large(demo)
+
+
+def outputs(engine: Engine, params: SamplingParams, *asked: dict[str, Any]) -> list[Any]:
+    engine.forget()
+    return engine.llm.generate(list(asked or [ASKED]), params, use_tqdm=False)
+
+
+def sample(seed: int, n: int = 1) -> SamplingParams:
+    return SamplingParams(n=n, temperature=1, seed=seed, max_tokens=6, ignore_eos=True, logprobs=VOCABULARY)
+
+
+def logprobs_of(completion: Any) -> torch.Tensor:
+    return torch.tensor([[step[token].logprob for token in range(VOCABULARY)] for step in completion.logprobs])
+
+
+def test_each_of_several_answers_equals_one_alone(engine: Engine) -> None:
+    """vLLM gives the i-th answer the seed + i."""
+    together = outputs(engine, sample(seed=5, n=3))[0].outputs
+    assert len({tuple(completion.token_ids) for completion in together}) == 3
+    for number, completion in enumerate(together):
+        (alone,) = outputs(engine, sample(seed=5 + number))[0].outputs
+        assert list(completion.token_ids) == list(alone.token_ids)
+        assert float((logprobs_of(completion) - logprobs_of(alone)).abs().max()) <= SAME
+
+
+def test_logprobs_are_those_of_the_most_likely_tokens(engine: Engine) -> None:
+    every = outputs(engine, greedy(4))[0].outputs[0]
+    few = outputs(engine, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=5))[0].outputs[0]
+    for most, step in zip(logprobs_of(every), few.logprobs, strict=True):
+        top = most.topk(5)
+        assert {token for token, entry in step.items() if entry.rank <= 5} == set(top.indices.tolist())
+        assert sorted((e.logprob for e in step.values()), reverse=True)[:5] == pytest.approx(
+            top.values.tolist(), abs=SAME
+        )
+
+
+@pytest.mark.parametrize("asked", [ASKED, TEXT], ids=["image", "text"])
+def test_prompt_logprobs_are_refused_for_pruned_images_alone(engine: Engine, asked: dict[str, Any]) -> None:
+    (output,) = outputs(engine, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1), asked)
+    if asked is TEXT:
+        assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    else:
+        assert output.outputs[0].finish_reason == "error"
+        assert not output.outputs[0].token_ids
+    stepper = Stepper(engine)
+    assert not stepper.scheduler.requests
+    assert stepper.free_blocks == stepper.pool.num_gpu_blocks - 1
+
+
+def test_a_stop_string_ends_the_answer(engine: Engine) -> None:
+    whole = outputs(engine, greedy(12))[0].outputs[0]
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    stopped = outputs(engine, greedy(12, stop=[stop]))[0].outputs[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+
+
+def test_streamed_pieces_make_up_the_answer(engine: Engine) -> None:
+    whole = outputs(engine, greedy(6))[0].outputs[0]
+    engine.forget()
+    stepper = Stepper(engine)
+    stepper.add("streamed", ASKED, greedy(6, output_kind=RequestOutputKind.DELTA))
+    stepper.run()
+    pieces = [output.outputs[0] for output in stepper.outputs["streamed"]]
+    assert len(pieces) == 6
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [token for piece in pieces for token in piece.token_ids] == list(whole.token_ids)
+
+
+STRUCTURES: dict[str, tuple[dict[str, Any], Any]] = {
+    "choice": ({"choice": ["cat", "dog"]}, lambda text: text in ("cat", "dog")),
+    "regex": ({"regex": r"[0-9]{3}-[a-f]{2}"}, lambda text: re.fullmatch(r"[0-9]{3}-[a-f]{2}", text)),
+    "json": (
+        {
+            "json": {
+                "type": "object",
+                "properties": {"red": {"type": "boolean"}, "size": {"enum": ["small", "large"]}},
+                "required": ["red", "size"],
+                "additionalProperties": False,
+            }
+        },
+        lambda text: set(json.loads(text)) == {"red", "size"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_an_answer_has_the_structure_that_was_asked_for(engine: Engine, name: str) -> None:
+    """Beside requests that are free."""
+    wanted, is_right = STRUCTURES[name]
+    structured = SamplingParams(temperature=0, max_tokens=60, structured_outputs=StructuredOutputsParams(**wanted))
+    (alone,) = outputs(engine, greedy(4))
+    engine.forget()
+    made, free, text = engine.llm.generate([ASKED, ASKED, TEXT], [structured, greedy(4), greedy(4)], use_tqdm=False)
+    assert made.outputs[0].finish_reason == "stop"
+    assert is_right(made.outputs[0].text)
+    assert list(free.outputs[0].token_ids) == list(alone.outputs[0].token_ids)
+    assert len(text.outputs[0].token_ids) == 4

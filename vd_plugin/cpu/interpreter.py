@@ -1,0 +1,40 @@
+"""A mend of Triton's interpreter, applied where the interpreter runs and nowhere else.
+
+Triton 3.9 interprets a masked store only if the mask's numbers are booleans. vLLM's grammar kernel makes its mask by
+arithmetic on integers, which compiled Triton takes for a mask as well; interpreted, the store raises, and the engine
+dies at the first request with structured output. REMOVE WHEN: Triton's `create_masked_store` converts masks itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+
+def mend_masked_store() -> None:
+    """Let masked stores take masks of integers. Idempotent; does nothing unless the interpreter was asked for.
+
+    Raises:
+        RuntimeError: this is not the interpreter that the mend was written for.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu":
+        return
+    import numpy as np
+    from triton.language import int1
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    stock = InterpreterBuilder.create_masked_store
+    if getattr(stock, "is_mended", False):
+        return
+    parameters = list(inspect.signature(stock).parameters)
+    if parameters != ["self", "ptrs", "value", "mask", "cache_policy"]:
+        raise RuntimeError(f"Triton's interpreter has changed: create_masked_store takes {parameters}; see {__name__}")
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+        if mask.data.dtype != np.bool_:
+            mask = TensorHandle(mask.data.astype(np.bool_), int1)
+        return stock(self, ptrs, value, mask, cache_policy)
+
+    create_masked_store.is_mended = True  # type: ignore[attr-defined]
+    InterpreterBuilder.create_masked_store = create_masked_store
