@@ -66,7 +66,26 @@ def difference(one: Answer, other: Answer) -> float:
         steps += first == second
         if first != second:
             break
-    return float((one.logprobs[:steps] - other.logprobs[:steps]).abs().max())
+    return largest(one.logprobs[:steps] - other.logprobs[:steps])
+
+
+def largest(differences: Tensor) -> float:
+    """Not a number is as different as can be: every comparison with it would be false."""
+    return float(differences.abs().nan_to_num(nan=torch.inf).max())
+
+
+def wipe(engine: Engine) -> None:
+    """After an engine was broken on purpose: what it wrote into the KV cache may be no numbers at all.
+
+    Attention multiplies rows that it must not see by zero, which leaves NaN as it is.
+    """
+
+    def clear(model: Any) -> None:
+        for layer in model.language_model.model.layers:
+            layer.self_attn.attn.kv_cache.zero_()
+
+    engine.on_model(clear)
+    engine.forget()
 
 
 def assert_same(one: Answer, other: Answer, tolerance: float = SAME) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sabotage
 from engines import Answer, Engine, draw, request
-from staged import SAME, Stepper, assert_same, difference, greedy, start_large, words
+from staged import SAME, Stepper, assert_same, difference, greedy, start_large, wipe, words
 
 from vd_plugin.capacity import image_blocks
 from vd_plugin.options import read_geometry
@@ -33,6 +33,12 @@ BEFORE, BEHIND = words(100), words(200, 1)
 @pytest.fixture(scope="module")
 def engine(demo: Path) -> Engine:
     return start_large(demo)
+
+
+@pytest.fixture
+def breakable(engine: Engine) -> Iterator[Engine]:
+    yield engine
+    wipe(engine)
 
 
 @pytest.fixture
@@ -119,9 +125,9 @@ def test_sixteen_small_requests_fit_where_full_ones_are_preempted(stepper: Stepp
     assert crowd(stepper, 16, 160, 12) == (16, 0)
 
 
-def test_the_law_of_blocks_can_fail(engine: Engine, stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_law_of_blocks_can_fail(breakable: Engine, stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
     sabotage.allocate_for_the_original_tokens(monkeypatch)
-    schedule = schedule_of(engine, 160)
+    schedule = schedule_of(breakable, 160)
     stepper.add("picture", request(f"{words(9)} <image>", [PICTURE], visual_token_budget=160), greedy(9))
     stepper.step()
     num_text = stepper.computed("picture") - schedule.num_placeholders
@@ -216,11 +222,11 @@ def test_a_question_between_leaves_the_cache_as_it_was(engine: Engine) -> None:
     assert_same(first, again)
 
 
-def test_the_law_of_the_prefix_cache_can_fail(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_law_of_the_prefix_cache_can_fail(breakable: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The question between writes its rows into blocks that the first one reads again."""
     sabotage.cache_what_was_pruned(monkeypatch)
-    first, again = interleave(engine)
-    image = engine.llm.model_config.hf_config.image_token_index
+    first, again = interleave(breakable)
+    image = breakable.llm.model_config.hf_config.image_token_index
     assert again.num_cached_tokens > again.prompt_token_ids.index(image)
     assert difference(first, again) > 100 * SAME
-    engine.forget()
+    breakable.forget()
