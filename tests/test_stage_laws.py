@@ -133,6 +133,16 @@ def test_full_and_text_only_beside_pruned_requests_equal_stock_vllm(engine: Engi
         assert_same(answer, stock[name])
 
 
+@pytest.mark.parametrize("name", ["full", "text"])
+def test_the_law_of_stock_equality_can_fail(
+    breakable: Engine, stock: dict[str, Answer], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    sabotage.shift_slots(monkeypatch)
+    breakable.forget()
+    (answer,) = breakable.generate(STOCK[name])
+    assert difference(answer, stock[name]) > 100 * SAME
+
+
 def test_alone_equals_in_a_batch_of_sixteen(engine: Engine, alone: list[Answer]) -> None:
     for number, (one, answer) in enumerate(zip(alone, together(engine, mixed_batch()), strict=True)):
         assert_same(one, answer)

@@ -28,6 +28,8 @@ from staged import (
     words,
 )
 
+from vd_plugin.kv_cache import StagedKVCacheManager
+
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 NUM_BLOCKS = 81
@@ -156,6 +158,29 @@ def test_an_abort_frees_every_block_of_every_group(engine: Engine, alone: list[A
     assert not stepper.scheduler.requests
     assert stepper.free_blocks == free
     assert_same(answer, alone[0])
+
+
+def test_the_law_of_aborts_can_fail(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of each group stays behind."""
+    engine.forget()
+    stepper = Stepper(engine)
+    free = stepper.free_blocks
+    leaked: list[Any] = []
+    pop = StagedKVCacheManager.pop_blocks_for_free
+
+    def leak(self: StagedKVCacheManager, request_id: str) -> list[Any]:
+        blocks = pop(self, request_id)
+        leaked.extend(blocks[:1])
+        return blocks[1:]
+
+    stepper.add("gone", LOAD[0], greedy(NUM_TOKENS))
+    stepper.step(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedKVCacheManager, "pop_blocks_for_free", leak)
+        stepper.abort("gone")
+    assert stepper.free_blocks == free - len(stepper.managers)
+    stepper.managers[0].block_pool.free_blocks(leaked)
+    assert stepper.free_blocks == free
 
 
 def test_the_runner_forgets_requests_that_are_gone(engine: Engine) -> None:
