@@ -263,3 +263,12 @@ def test_engine_args_may_come_before_vllm_is_imported(demo: Path) -> None:
     fresh = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     ran = subprocess.run([sys.executable, "-c", code, str(demo)], env=fresh, capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["InterpretedFunction", "True"]
+
+
+def test_options_within_hf_overrides_are_kept(demo: Path) -> None:
+    """They are all that vLLM's own command line can say."""
+    given = {"hf_overrides": {"visiondrop": {"layers": [1, 2, 3]}, "other": 1}}
+    merged = vd_plugin.engine_args(str(demo), **given)["hf_overrides"]
+    assert (merged["visiondrop"], merged["other"]) == ({"layers": [1, 2, 3]}, 1)
+    argued = vd_plugin.engine_args(str(demo), visiondrop={"layers": []}, **given)["hf_overrides"]
+    assert argued["visiondrop"] == {"layers": []}

@@ -33,9 +33,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _serve(model: str, options: list[str]) -> None:
     _name_plugins()
-    overrides = engine_args(model)["hf_overrides"]
+    engine_args(model)  # an unknown model must not cost the ten seconds that vLLM takes to import
 
-    # Imported late: an unknown model must not cost the ten seconds that vLLM takes to import.
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -50,7 +49,7 @@ def _serve(model: str, options: list[str]) -> None:
     parser = make_arg_parser(FlexibleArgumentParser(prog="visiondrop engine"))
     parser.error = lambda message: _fail(f"engine options: {message}")
     args = parser.parse_args(["--model", model, *options])
-    args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
+    args.hf_overrides = engine_args(model, hf_overrides=args.hf_overrides)["hf_overrides"]
     args.enable_prompt_tokens_details = True
     if _is_private(args):
         args.trust_request_mm_kwargs = True

@@ -30,7 +30,8 @@ def engine_args(model: str, *, visiondrop: Mapping[str, Any] | None = None, **ov
         visiondrop: options of the plugin; `layers` holds the three depths of the decoder after which images are
             pruned again (by default after a quarter, a half and three quarters of its layers), [] prunes at the
             encoder alone.
-        overrides: any other engine argument; an `hf_overrides` mapping is merged with ours.
+        overrides: any other engine argument; an `hf_overrides` mapping is merged with ours, and its `visiondrop` entry
+            stands where the argument of that name is not given.
 
     Raises:
         ValueError: no such checkpoint, not a LLaVA checkpoint, or an unknown option.
@@ -38,7 +39,7 @@ def engine_args(model: str, *, visiondrop: Mapping[str, Any] | None = None, **ov
     hf_overrides = overrides.pop("hf_overrides", None) or {}
     if not isinstance(hf_overrides, Mapping):
         raise ValueError("hf_overrides must be a mapping: VisionDrop adds its own keys to it")
-    options = dict(visiondrop or {})
+    options = dict(visiondrop if visiondrop is not None else hf_overrides.get(OPTIONS_KEY) or {})
     parse_boundaries(options, default=())
     architecture = ARCHITECTURES[_read_model_type(model, overrides)]
     merged = {**hf_overrides, "architectures": [architecture], OPTIONS_KEY: options}
