@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Final
 import httpx
 from PIL import Image, ImageDraw
 
+from server.serve import say
 from vd_plugin.schedule import FULL, PRESETS
 
 if TYPE_CHECKING:
@@ -95,10 +96,10 @@ def _ask_all(client: OpenAI, max_tokens: int, repeats: int) -> dict[str, list[An
     if not models:
         raise DemoError("the server offers no model")
     model = models[0].id
-    _say("warming up")
+    say("warming up")
     for budget in _BUDGETS:
         _ask(client, model, 0, budget, max_tokens, show=False)
-    _say(f"asking about a {_SIDE} x {_SIDE} picture: {_QUESTION}")
+    say(f"asking about a {_SIDE} x {_SIDE} picture: {_QUESTION}")
     answers: dict[str, list[Answer]] = {budget: [] for budget in _BUDGETS}
     for number in range(1, repeats + 1):
         for budget in _BUDGETS:
@@ -254,7 +255,3 @@ def _printable(text: str) -> str:
     return "".join(
         character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
     )
-
-
-def _say(sentence: str) -> None:
-    print(f"visiondrop: {sentence}", file=sys.stderr, flush=True)
