@@ -55,6 +55,8 @@ def test_the_hook_can_be_switched_off() -> None:
 def test_the_driver_is_active_only_where_the_interpreter_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], active: bool
 ) -> None:
+    import triton.backends  # noqa: F401  # which loads the driver; the other way round the two would wait for each other
+
     from vd_plugin.cpu.triton_backend.driver import InterpreterDriver
 
     for name in ("TRITON_INTERPRET", "TRITON_DEFAULT_BACKEND"):
