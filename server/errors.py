@@ -2,9 +2,16 @@
 
 GatewayError
   InvalidRequestError         the client's request is at fault
-  PayloadTooLargeError        ... in its size
+    ImageUnavailableError     ... in the address of a picture, or what is behind it
+  AuthenticationError         no key, or one that is not known
+  SlowRequestError            the request did not arrive in time
+  PayloadTooLargeError        it is too large
+  MediaTypeError              it is not JSON by its own account
   UnknownRouteError           no such path
   MethodNotAllowedError       no such method on this path
+  UnknownModelError           no such model
+  RateLimitError              the key has used up its rate
+  OverloadedError             too much to do; a later try may succeed
   RelayedError                the engine refused the request; its status is kept
   EngineFailedError           the engine answered with a failure of its own, or stopped answering
   EngineMismatchError         the engine computes budgets differently, or has no VisionDrop at all
@@ -12,15 +19,31 @@ GatewayError
   ClientDisconnectedError     nobody waits for the answer any more; never seen on the wire
   InternalError               a defect of the gateway
 
-The wire shape is OpenAI's: `{"error": {"message", "type", "param", "code"}}`.
+The wire shape is OpenAI's: `{"error": {"message", "type", "param", "code"}}`; `code` is a word or null.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
+
+LONGEST_RETRY_AFTER_SECONDS: Final = 120
+
+REJECTION_REASONS: Final = (
+    "invalid_api_key",
+    "requests_per_minute",
+    "images_per_minute",
+    "queue_full",
+    "queue_timeout",
+    "memory_full",
+    "stopping",
+    "engine_down",
+    "engine_overloaded",
+)
+"""Why requests are turned away: labels of a metric."""
 
 
 class GatewayError(Exception):
@@ -31,6 +54,9 @@ class GatewayError(Exception):
         param: the field of the request that is at fault.
         code: a word that a program can act on.
     """
+
+    reason: str | None = None
+    """One of REJECTION_REASONS, for a request that was turned away without being at fault in itself."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -51,14 +77,64 @@ class GatewayError(Exception):
         error = {"message": self.message, "type": self.openai_type, "param": self.param, "code": self.code}
         return {"error": error}
 
+    def headers(self) -> dict[str, str]:
+        """Headers that go with the error object."""
+        return {}
+
 
 class InvalidRequestError(GatewayError): ...
+
+
+class ImageUnavailableError(InvalidRequestError):
+    """A picture that could not be fetched. The message never tells what was behind the address."""
+
+
+class AuthenticationError(GatewayError):
+    reason = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class SlowRequestError(GatewayError):
+    def headers(self) -> dict[str, str]:
+        return {"Connection": "close"}
 
 
 class PayloadTooLargeError(GatewayError): ...
 
 
+class MediaTypeError(GatewayError): ...
+
+
+class _TryLaterError(GatewayError):
+    """A request that may succeed later.
+
+    Args:
+        reason: one of REJECTION_REASONS, for the metric.
+        retry_after_seconds: when to try again; rounded up to whole seconds, 1 to 120, on the wire.
+    """
+
+    def __init__(self, message: str, *, reason: str, retry_after_seconds: float, code: str | None = None) -> None:
+        super().__init__(message, code=code or reason)
+        self.reason = reason
+        self.retry_after_seconds = retry_after_seconds
+
+    def headers(self) -> dict[str, str]:
+        seconds = min(max(math.ceil(self.retry_after_seconds), 1), LONGEST_RETRY_AFTER_SECONDS)
+        return {"Retry-After": str(seconds)}
+
+
+class RateLimitError(_TryLaterError): ...
+
+
+class OverloadedError(_TryLaterError): ...
+
+
 class UnknownRouteError(GatewayError): ...
+
+
+class UnknownModelError(GatewayError): ...
 
 
 class MethodNotAllowedError(GatewayError): ...
@@ -70,7 +146,11 @@ class EngineFailedError(GatewayError): ...
 class EngineMismatchError(GatewayError): ...
 
 
-class EngineUnreachableError(GatewayError): ...
+class EngineUnreachableError(GatewayError):
+    reason = "engine_down"
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "5"}
 
 
 class ClientDisconnectedError(GatewayError): ...
@@ -98,9 +178,16 @@ class _Row(NamedTuple):
 
 _TABLE: Final[Mapping[type[GatewayError], _Row]] = {
     InvalidRequestError: _Row(400, "invalid_request_error"),
-    PayloadTooLargeError: _Row(413, "invalid_request_error"),
+    ImageUnavailableError: _Row(400, "invalid_request_error"),
+    AuthenticationError: _Row(401, "invalid_request_error"),
     UnknownRouteError: _Row(404, "invalid_request_error"),
+    UnknownModelError: _Row(404, "invalid_request_error"),
     MethodNotAllowedError: _Row(405, "invalid_request_error"),
+    SlowRequestError: _Row(408, "invalid_request_error"),
+    PayloadTooLargeError: _Row(413, "invalid_request_error"),
+    MediaTypeError: _Row(415, "invalid_request_error"),
+    RateLimitError: _Row(429, "rate_limit_error"),
+    OverloadedError: _Row(503, "overloaded_error"),
     RelayedError: _Row(400, "invalid_request_error"),
     EngineFailedError: _Row(502, "engine_error"),
     EngineMismatchError: _Row(503, "engine_error"),

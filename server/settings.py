@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from pathlib import Path
+from typing import Annotated, Any, Final
 
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from vd_plugin.schedule import PRESETS, Budget, parse_budget
+from vd_plugin.schedule import FULL, PRESETS, Budget, parse_budget
 
 _MIB: Final = 1024 * 1024
 
 
 class Settings(BaseSettings):
-    """Limits and defaults. Sizes in bytes and pixels, times in seconds."""
+    """Limits and defaults. Sizes in bytes and pixels, times in seconds, costs in tokens."""
 
     model_config = SettingsConfigDict(env_prefix="VISIONDROP_", extra="forbid", frozen=True)
 
+    # Budgets
+
     default_budget: Budget = PRESETS["high"]
-    """Visual token budget of requests that name none: an integer or a preset."""
+    """Visual token budget of pictures for which none is asked: an integer or a preset."""
+    max_budget: Budget = FULL
+    """Ceiling: larger budgets are lowered to it."""
+
+    # Requests
 
     max_body_bytes: int = Field(64 * _MIB, gt=0)
+    max_buffered_bytes: int = Field(1024 * _MIB, gt=0)
+    """Bodies and fetched pictures that all requests together may hold in memory; above it requests are turned away."""
+    header_seconds: float = Field(10.0, gt=0)
+    """From a connection's first moment to the end of the request's headers."""
+    body_seconds: float = Field(60.0, gt=0)
+    """From the end of the headers to the end of the body."""
+    send_seconds: float = Field(60.0, gt=0)
+    """How long a client may refuse to take bytes of an answer before its connection is closed."""
+
+    # Pictures
+
     max_images_per_request: int = Field(16, gt=0)
     max_image_bytes: int = Field(20 * _MIB, gt=0)
     # Pillow's own guard against decompression bombs warns above the upper bound.
@@ -31,12 +49,61 @@ class Settings(BaseSettings):
     image_threads: int = Field(min(4, os.cpu_count() or 1), gt=0)
     """Pictures decoded at a time; each may need several times `max_image_pixels` bytes."""
 
-    engine_start_timeout_seconds: float = Field(1800.0, gt=0)
-    shutdown_seconds: float = Field(3.0, ge=0)
-    """What requests in flight get to finish when the gateway is told to stop."""
+    fetch_images: bool = True
+    """Whether `https:` URLs of pictures are fetched at all."""
+    fetch_http: bool = False
+    """Whether `http:` URLs are, too."""
+    fetch_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Hosts that pictures may come from, comma-separated; `*.example.com` is its subdomains. Empty: any public host."""
+    fetch_seconds: float = Field(10.0, gt=0)
+    """For one picture, redirects included."""
+    fetch_redirects: int = Field(3, ge=0)
+    fetch_concurrency: int = Field(32, gt=0)
+    """Pictures fetched at a time, by all requests together."""
 
-    @field_validator("default_budget", mode="before")
+    # Keys and rates
+
+    api_key: SecretStr | None = None
+    """One key, for a start. More, with limits of their own: `api_keys_file`."""
+    api_keys_file: Path | None = None
+    """A TOML file of keys; see docs/keys.md."""
+    requests_per_minute: int | None = Field(None, gt=0)
+    """For every key that has no rate of its own, or for everybody together where there are no keys."""
+    images_per_minute: int | None = Field(None, gt=0)
+
+    # Admission
+
+    max_inflight_tokens: int = Field(131_072, gt=0)
+    """Cost (text + kept visual tokens) of the requests that one engine works on at a time; more wait in the queue."""
+    max_queued_requests: int = Field(256, ge=0)
+    queue_seconds: float = Field(30.0, gt=0)
+    """How long a request may wait in the queue."""
+
+    # Engines
+
+    engine_start_timeout_seconds: float = Field(1800.0, gt=0)
+    engine_probe_seconds: float = Field(2.0, gt=0)
+    """Between two looks at an engine."""
+    engine_stall_seconds: float = Field(15.0, gt=0)
+    """An engine that has shown no sign of progress for so long is not ready."""
+
+    # Operation
+
+    shutdown_seconds: float = Field(30.0, ge=0)
+    """What requests in flight get to finish when the gateway is told to stop."""
+    metrics_port: int | None = Field(None, ge=0, le=65535)
+    """A port for `/metrics` alone; without one it is on the main port, behind the keys where there are any."""
+    metrics_host: str = "127.0.0.1"
+
+    @field_validator("default_budget", "max_budget", mode="before")
     @classmethod
-    def _parse_default_budget(cls, value: Any) -> Budget:
+    def _parse_budget(cls, value: Any) -> Budget:
         # Environment and command line know only strings.
         return parse_budget(int(value) if isinstance(value, str) and value.isdecimal() else value)
+
+    @field_validator("fetch_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(host.strip().lower() for host in value.split(",") if host.strip())
+        return value
