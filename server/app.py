@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from server.chat import ChatHandler
-from server.engine_client import EngineClient
+from server.drain import Drain
+from server.engine_pool import EnginePool
 from server.errors import EngineUnreachableError, GatewayError, from_http_status
 from server.metrics import CHAT_ROUTE, Metrics
 from server.recording import RecordingMiddleware, record_of
@@ -21,8 +22,8 @@ from server.version import package_version
 from vd_plugin.schedule import FULL, MIN_BUDGET, PRESETS
 
 
-def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
-    """The app that serves `engine` to clients. It closes the engine client when it shuts down."""
+def create_app(settings: Settings, engine: EnginePool, drain: Drain | None = None) -> FastAPI:
+    """The app that serves the engines of a pool to clients. It closes the pool when it shuts down."""
     metrics = Metrics()
     chat = ChatHandler(settings, engine)
 
@@ -55,14 +56,14 @@ def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
     @app.get("/ready")
     async def ready() -> dict[str, Any]:
         """The engine answers, and counts as we do."""
-        if not await engine.is_healthy():
+        if not await engine.is_ready():
             raise EngineUnreachableError("the engine does not answer", code="engine_unreachable")
         await engine.geometry()
         return {"status": "ready"}
 
     @app.get("/metrics")
     async def render_metrics() -> Response:
-        metrics.engine_up.set(await engine.is_healthy())
+        metrics.engine_up.set(await engine.is_ready())
         return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     @app.exception_handler(GatewayError)

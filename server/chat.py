@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response
 
 from server.budget import plan_images
 from server.disconnect import until_disconnect
-from server.engine_client import EngineClient
+from server.engine_client import EngineCall
+from server.engine_pool import EnginePool
 from server.engine_request import build_engine_body
 from server.errors import ClientDisconnectedError, InvalidRequestError, PayloadTooLargeError
 from server.images import CheckedImage, check_image
@@ -31,7 +32,7 @@ from server.settings import Settings
 class ChatHandler:
     """Serves POST /v1/chat/completions."""
 
-    def __init__(self, settings: Settings, engine: EngineClient) -> None:
+    def __init__(self, settings: Settings, engine: EnginePool) -> None:
         self._settings = settings
         self._engine = engine
         self._image_threads = anyio.CapacityLimiter(settings.image_threads)
@@ -60,13 +61,14 @@ class ChatHandler:
                     param="prompt_logprobs",
                 )
         body = build_engine_body(chat, images, record.schedules)
+        call = EngineCall(record.route, body, record.request_id)
         if chat.stream:
-            source = await self._engine.open_stream(body, record.request_id)
+            source = await self._engine.open_stream(call)
             record.engine_answered = True
             include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
             events = relay_events(source, record, include_usage)
             return EventStream(events, source, record, headers=record.headers())
-        answer = await self._engine.complete(body, record.request_id)
+        answer = await self._engine.complete(call)
         record.engine_answered = True
         answer["usage"] = record.usage(answer.get("usage") or {})
         return JSONResponse(answer, headers=record.headers())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import httpx
@@ -16,6 +17,21 @@ _ANSWER_TIMEOUT: Final = httpx.Timeout(None, connect=5.0)
 """An answer may take as long as it takes; only a connection must come about soon."""
 
 _LONGEST_MESSAGE: Final = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    """One request to an engine.
+
+    `cost` (tokens) and `pictures` (something hashable for each) are what an engine is chosen by; they are not sent.
+    """
+
+    path: str
+    body: bytes
+    request_id: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    cost: int = 0
+    pictures: tuple[Hashable, ...] = ()
 
 
 class EventSource(Protocol):
@@ -40,9 +56,9 @@ class EngineClient(Protocol):
 
     async def is_healthy(self) -> bool: ...
 
-    async def complete(self, body: bytes, request_id: str) -> dict[str, Any]: ...
+    async def complete(self, call: EngineCall) -> dict[str, Any]: ...
 
-    async def open_stream(self, body: bytes, request_id: str) -> EventSource: ...
+    async def open_stream(self, call: EngineCall) -> EventSource: ...
 
     async def aclose(self) -> None: ...
 
@@ -113,18 +129,18 @@ class HttpEngineClient:
         except GatewayError:
             return False
 
-    async def complete(self, body: bytes, request_id: str) -> dict[str, Any]:
+    async def complete(self, call: EngineCall) -> dict[str, Any]:
         """Ask for a whole answer: the engine's response body."""
-        response = await self._post(body, request_id)
+        response = await self._post(call)
         try:
             await _read(response)
         finally:
             await response.aclose()
         return _json_object(response)
 
-    async def open_stream(self, body: bytes, request_id: str) -> EventSource:
+    async def open_stream(self, call: EngineCall) -> EventSource:
         """Ask for a streamed answer; returns once the engine has accepted the request."""
-        response = await self._post(body, request_id)
+        response = await self._post(call)
         try:
             if response.status_code != 200:
                 await _read(response)
@@ -140,9 +156,16 @@ class HttpEngineClient:
     async def _get(self, path: str) -> httpx.Response:
         return await self._send(self._http.build_request("GET", path, timeout=_PROBE_SECONDS), stream=False)
 
-    async def _post(self, body: bytes, request_id: str) -> httpx.Response:
-        headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
-        request = self._http.build_request("POST", "/v1/chat/completions", content=body, headers=headers)
+    async def metrics(self) -> bytes:
+        """The engine's own metrics, in the text exposition format."""
+        response = await self._get("/metrics")
+        if response.status_code != 200:
+            raise _refusal(response)
+        return response.content
+
+    async def _post(self, call: EngineCall) -> httpx.Response:
+        headers = {**call.headers, "Content-Type": "application/json", "X-Request-Id": call.request_id}
+        request = self._http.build_request("POST", call.path, content=call.body, headers=headers)
         return await self._send(request, stream=True)
 
     async def _send(self, request: httpx.Request, *, stream: bool) -> httpx.Response:

@@ -19,6 +19,7 @@ import uvicorn
 from server import engine_log
 from server.app import create_app
 from server.engine_client import HttpEngineClient
+from server.engine_pool import EnginePool
 from server.engine_process import EngineProcess
 from server.errors import EngineFailedError, EngineUnreachableError, GatewayError
 from server.progress import Progress
@@ -146,7 +147,7 @@ async def _serve_until(
 ) -> None:
     """Serve until told to stop or until the engine is gone; requests in flight are given some time to end."""
     config = uvicorn.Config(
-        create_app(settings, client),
+        create_app(settings, EnginePool({"0": client}, settings)),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -8,9 +8,8 @@ import httpx
 import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
+from gateway import make_app
 
-from server.app import create_app
-from server.engine_client import HttpEngineClient
 from server.settings import Settings
 
 
@@ -31,6 +30,6 @@ def settings() -> Settings:
 
 @pytest.fixture
 async def client(engine: FakeEngine, settings: Settings, anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(settings, HttpEngineClient(AsgiTransport(engine)))
+    app = make_app(settings, engine)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as http:
         yield http

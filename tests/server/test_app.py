@@ -10,11 +10,11 @@ import httpx
 import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, MODEL, TEXT_TOKENS, WORDS, FakeEngine, pictures_of, sse_data
+from gateway import make_app
 from metric_text import metric, metrics_of
 from pictures import ask, data_url, encode, picture
 from PIL import Image
 
-from server.app import create_app
 from server.engine_client import HttpEngineClient
 from server.settings import Settings
 from vd_plugin.schedule import FULL, Budget, resolve
@@ -191,7 +191,7 @@ async def test_bad_requests_get_a_sentence(
 
 async def test_limits_are_settings(engine: FakeEngine) -> None:
     settings = Settings(max_images_per_request=2, max_image_pixels=10_000, max_image_bytes=2000, max_body_bytes=20_000)
-    app = create_app(settings, HttpEngineClient(AsgiTransport(engine)))
+    app = make_app(settings, engine)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
         assert_error(await client.post(CHAT, json=ask(*[picture()] * 3)), 400, "messages", "at most 2")
         assert_error(await client.post(CHAT, json=ask(picture(101, 100))), 400, URL, "at most 10000")
@@ -241,7 +241,7 @@ async def test_refusals_of_the_engine_keep_status_and_message(
 
 
 async def test_unreachable_engine_is_503() -> None:
-    app = create_app(Settings(), HttpEngineClient.at("unix:/nowhere/engine.sock"))
+    app = make_app(Settings(), HttpEngineClient.at("unix:/nowhere/engine.sock"))
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
         assert_error(await client.post(CHAT, json=ask(picture())), 503, None, "cannot be reached")
         assert_error(await client.get("/ready"), 503, None)
@@ -367,7 +367,7 @@ async def test_request_ids_are_made_where_none_is_usable(client: httpx.AsyncClie
 
 
 async def test_default_budget_is_a_setting(engine: FakeEngine) -> None:
-    app = create_app(Settings(default_budget="medium"), HttpEngineClient(AsgiTransport(engine)))
+    app = make_app(Settings(default_budget="medium"), engine)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
         await client.post(CHAT, json=ask(picture(800, 600)))
     assert engine.bodies[0]["mm_processor_kwargs"] == {"visual_token_budget": [320]}

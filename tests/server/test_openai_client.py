@@ -10,19 +10,17 @@ from collections.abc import Iterator
 import openai
 import pytest
 import uvicorn
-from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, MODEL, WORDS, FakeEngine
+from gateway import make_app
 from pictures import ask, picture
 
-from server.app import create_app
-from server.engine_client import HttpEngineClient
 from server.settings import Settings
 from vd_plugin.schedule import resolve
 
 
 @pytest.fixture
 def client(engine: FakeEngine) -> Iterator[openai.OpenAI]:
-    app = create_app(Settings(), HttpEngineClient(AsgiTransport(engine)))
+    app = make_app(Settings(), engine)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
