@@ -21,3 +21,7 @@ def make_app(settings: Settings, *engines: Any, drain: Drain | None = None) -> F
     ]
     pool = EnginePool({str(number): client for number, client in enumerate(clients)}, settings)
     return create_app(settings, pool, drain)
+
+
+def _client(engine: Any) -> HttpEngineClient:
+    return engine if isinstance(engine, HttpEngineClient) else HttpEngineClient(AsgiTransport(engine))
