@@ -1,75 +1,106 @@
-"""The gateway as an ASGI app: five routes, one error handler."""
+"""The gateway as an ASGI app: its parts put together, one error handler."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from server import routes
+from server.access import AccessMiddleware
+from server.admission import Admission
+from server.api_keys import ApiKeys
 from server.chat import ChatHandler
 from server.drain import Drain
 from server.engine_pool import EnginePool
-from server.errors import EngineUnreachableError, GatewayError, from_http_status
-from server.metrics import CHAT_ROUTE, Metrics
+from server.error_response import error_response
+from server.errors import GatewayError, from_http_status
+from server.image_fetch import ImageFetcher
+from server.intake import Intake
+from server.metrics import Metrics
+from server.models import model_routes
+from server.operations import metric_routes, probe_routes
+from server.pictures import PictureLoader
+from server.rate_limits import RateLimits
 from server.recording import RecordingMiddleware, record_of
 from server.settings import Settings
+from server.tracing import make_tracing
 from server.version import package_version
-from vd_plugin.schedule import FULL, MIN_BUDGET, PRESETS
 
 
-def create_app(settings: Settings, engine: EnginePool, drain: Drain | None = None) -> FastAPI:
-    """The app that serves the engines of a pool to clients. It closes the pool when it shuts down."""
-    metrics = Metrics()
-    chat = ChatHandler(settings, engine)
+def create_app(settings: Settings, engines: EnginePool, drain: Drain | None = None) -> FastAPI:
+    """The app that serves the engines of a pool to clients. It closes the pool when it shuts down.
+
+    Raises:
+        ValueError: the file of API keys cannot be used, or packages for tracing are missing.
+    """
+    drain = drain or Drain()
+    keys, rates = ApiKeys.from_settings(settings), RateLimits(settings)
+    admission = Admission(settings, lambda: engines.capacity)
+    engines.on_capacity_change = admission.update
+    fetcher = ImageFetcher(settings)
+    intake = Intake(settings, drain, rates)
+    chat = ChatHandler(settings, engines, intake, PictureLoader(settings, fetcher), rates, admission)
+    metrics, tracing = Metrics(), make_tracing(settings)
+    metrics.watch_queue(lambda: admission.queue_depth)
+    for name in engines.names:
+        metrics.watch_engine(name, lambda name=name: engines.is_up(name))  # type: ignore[misc]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await engine.aclose()
+        watch = asyncio.create_task(engines.run())
+        try:
+            yield
+        finally:
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
+            await fetcher.aclose()
+            await engines.aclose()
+            tracing.close()
 
     app = FastAPI(
         title="VisionDrop",
         version=package_version(),
         lifespan=lifespan,
         redirect_slashes=False,
-        openapi_url=None,  # the chat request is read by hand, so the generated page would be wrong
+        openapi_url=None,  # requests are read by hand, so the generated document would be wrong
     )
+    app.post(routes.CHAT)(chat.complete)
+    app.post(routes.COUNT)(chat.count)
+    app.include_router(model_routes(settings, engines))
+    app.include_router(probe_routes(engines, drain))
+    operations = metric_routes(engines, metrics)
+    if settings.metrics_port is None:
+        app.include_router(operations)
+    _handle_errors(app)
+    app.add_middleware(AccessMiddleware, keys=keys)
+    app.add_middleware(RecordingMiddleware, metrics=metrics, tracing=tracing)
 
-    @app.post(CHAT_ROUTE)
-    async def chat_completions(request: Request) -> Response:
-        return await chat.handle(request, record_of(request))
+    app.state.metrics_app = metrics_app = FastAPI(openapi_url=None, redirect_slashes=False)
+    metrics_app.include_router(operations)
+    metrics_app.include_router(probe_routes(engines, drain))
+    _handle_errors(metrics_app)
+    return app
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(entry, settings) for entry in await engine.models()]}
 
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        """The process lives; says nothing about the engine."""
-        return {"status": "ok", "version": package_version()}
+def metrics_app_of(app: FastAPI) -> FastAPI:
+    """The app for a port of the operator's own: metrics and probes of `app`, without keys."""
+    metrics_app = app.state.metrics_app
+    assert isinstance(metrics_app, FastAPI)
+    return metrics_app
 
-    @app.get("/ready")
-    async def ready() -> dict[str, Any]:
-        """The engine answers, and counts as we do."""
-        if not await engine.is_ready():
-            raise EngineUnreachableError("the engine does not answer", code="engine_unreachable")
-        await engine.geometry()
-        return {"status": "ready"}
 
-    @app.get("/metrics")
-    async def render_metrics() -> Response:
-        metrics.engine_up.set(await engine.is_ready())
-        return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
+def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(GatewayError)
     async def handle_error(request: Request, error: GatewayError) -> Response:
-        record_of(request).mark_failure(error.status, error.message)
-        return JSONResponse(error.body(), error.status)
+        if "visiondrop.record" in request.scope:
+            record_of(request).mark_failure(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def handle_framework_error(request: Request, error: HTTPException) -> Response:
@@ -77,20 +108,3 @@ def create_app(settings: Settings, engine: EnginePool, drain: Drain | None = Non
         response = await handle_error(request, ours)
         response.headers.update(error.headers or {})
         return response
-
-    routes = (CHAT_ROUTE, "/v1/models", "/health", "/ready", "/metrics")
-    app.add_middleware(RecordingMiddleware, metrics=metrics, routes=routes)
-    return app
-
-
-def _model_card(entry: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """The engine's entry without its file paths, and with the budgets that a request may choose from."""
-    public = ("id", "object", "created", "owned_by", "max_model_len")
-    return {
-        **{name: entry[name] for name in public if name in entry},
-        "visual_token_budget": {
-            "default": settings.default_budget,
-            "minimum": MIN_BUDGET,
-            "presets": {**PRESETS, FULL: FULL},
-        },
-    }

@@ -5,7 +5,7 @@ A skeleton: the first engine gets everything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from server.engine_client import EngineCall, EventSource, HttpEngineClient
@@ -20,6 +20,7 @@ class EnginePool:
         self._engines = dict(engines)
         self._settings = settings
         self._first = next(iter(self._engines.values()))
+        self.on_capacity_change: Callable[[], None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

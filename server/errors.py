@@ -31,6 +31,7 @@ from typing import Any, Final, NamedTuple
 from pydantic import ValidationError
 
 LONGEST_RETRY_AFTER_SECONDS: Final = 120
+_LONGEST_MESSAGE: Final = 1000
 
 REJECTION_REASONS: Final = (
     "invalid_api_key",
@@ -59,6 +60,8 @@ class GatewayError(Exception):
     """One of REJECTION_REASONS, for a request that was turned away without being at fault in itself."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        # What a client sent may be quoted in it.
+        message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
         super().__init__(message)
         self.message = message
         self.param = param

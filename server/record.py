@@ -9,14 +9,31 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Final
 
-from server.budget import effective_budget, request_class
+from server.budget import HEADER, effective_budget, request_class
+from server.errors import GatewayError
 from vd_plugin.schedule import Geometry, Schedule, prefill_flops
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def visual_tokens(schedules: Sequence[Schedule]) -> dict[str, Any]:
+    """What some pictures cost, as it goes on the wire: sums, and each picture with the rows of its stages."""
+    full, kept = sum(item.full for item in schedules), sum(item.kept for item in schedules)
+    return {
+        "images": len(schedules),
+        "full": full,
+        "kept": kept,
+        "saved": full - kept,
+        "per_image": [
+            {"budget": effective_budget(item), "full": item.full, "kept": item.kept, "stages": list(item.rows)}
+            for item in schedules
+        ],
+    }
 
 
 def choose_request_id(sent: str | None) -> str:
@@ -32,26 +49,41 @@ class RequestRecord:
 
     request_id: str
     route: str
+    arrived: float = field(default_factory=time.time)
     started: float = field(default_factory=time.monotonic)
+    key_name: str | None = None
+    rate_headers: Mapping[str, str] = field(default_factory=dict)
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
     stream: bool = False
+    image_fetch_seconds: list[float] = field(default_factory=list)
+    image_decode_seconds: list[float] = field(default_factory=list)
+    queue_seconds: float | None = None
     geometry: Geometry | None = None
     schedules: tuple[Schedule, ...] = ()
     engine_answered: bool = False
     engine_usage: Mapping[str, Any] | None = None
     first_token_seconds: float | None = None
+    inter_token_seconds: list[float] = field(default_factory=list)
     total_seconds: float | None = None
     sent_status: int | None = None
     failure_status: int | None = None
     failure: str | None = None
+    rejection: str | None = None
+    _last_token: float | None = None
 
-    def mark_first_token(self) -> None:
-        if self.first_token_seconds is None:
-            self.first_token_seconds = time.monotonic() - self.started
+    def mark_token(self) -> None:
+        """Note that a part of the answer's text has come."""
+        now = time.monotonic()
+        if self._last_token is None:
+            self.first_token_seconds = now - self.started
+        else:
+            self.inter_token_seconds.append(now - self._last_token)
+        self._last_token = now
 
-    def mark_failure(self, status: int, message: str) -> None:
+    def mark_failure(self, error: GatewayError) -> None:
         """Note how the request failed; also after the status line has gone out, as in the middle of a stream."""
-        self.failure_status, self.failure = status, message
+        self.failure_status, self.failure, self.rejection = error.status, error.message, error.reason
 
     def mark_end(self) -> None:
         self.total_seconds = time.monotonic() - self.started
@@ -123,24 +155,13 @@ class RequestRecord:
         }
 
     def visual_tokens(self) -> dict[str, Any]:
-        return {
-            "images": len(self.schedules),
-            "full": self.full,
-            "kept": self.kept,
-            "saved": self.saved,
-            "per_image": [
-                {
-                    "budget": effective_budget(schedule),
-                    "full": schedule.full,
-                    "kept": schedule.kept,
-                    "stages": list(schedule.rows),
-                }
-                for schedule in self.schedules
-            ],
-        }
+        return visual_tokens(self.schedules)
 
     def headers(self) -> dict[str, str]:
+        """What is known before the first token: the sums, and the budget that was applied to each picture."""
+        budgets = ", ".join(str(effective_budget(schedule)) for schedule in self.schedules)
         return {
+            **({HEADER: budgets} if budgets else {}),
             "X-Visual-Tokens-Full": str(self.full),
             "X-Visual-Tokens-Kept": str(self.kept),
             "X-Visual-Tokens-Saved": str(self.saved),
@@ -150,7 +171,9 @@ class RequestRecord:
         """The log line. Neither prompts nor pictures are in it."""
         usage = self.engine_usage or {}
         return {
+            "time": datetime.fromtimestamp(self.arrived, UTC).isoformat(timespec="milliseconds"),
             "request_id": self.request_id,
+            "key": self.key_name,
             "route": self.route,
             "status": self.status,
             "error": self.failure,
@@ -159,7 +182,11 @@ class RequestRecord:
             "budget_class": self.budget_class,
             "visual_tokens": self.visual_tokens(),
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
             "completion_tokens": usage.get("completion_tokens"),
+            "image_fetch_seconds": _rounded(sum(self.image_fetch_seconds)),
+            "image_decode_seconds": _rounded(sum(self.image_decode_seconds)),
+            "queue_seconds": _rounded(self.queue_seconds),
             "first_token_seconds": _rounded(self.first_token_seconds),
             "total_seconds": _rounded(self.total_seconds),
         }

@@ -1,4 +1,4 @@
-"""The outermost layer: gives every request its record, its id and its line in log and metrics.
+"""The outermost layer: gives every request its record, its id, its line in log and metrics, and what it holds.
 
 It also answers for defects: an exception that nobody foresaw becomes error 500, with the traceback in the server's log.
 """
@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection
+from contextlib import AsyncExitStack
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import routes
+from server.error_response import error_response
 from server.errors import InternalError
-from server.metrics import CHAT_ROUTE, OTHER_ROUTE, Metrics
+from server.metrics import Metrics
 from server.record import RequestRecord, choose_request_id
+from server.tracing import Tracing
 
 REQUEST_LOG: Final = "visiondrop.requests"
-"""Logger of one JSON line a chat request."""
+"""Logger of one JSON line for each request that asks for work."""
 
 _log = logging.getLogger("visiondrop")
 _request_log = logging.getLogger(REQUEST_LOG)
@@ -33,42 +35,60 @@ def record_of(request: Request) -> RequestRecord:
     return record
 
 
-class RecordingMiddleware:
-    """ASGI middleware; `routes` are the paths that get a label of their own."""
+def resources_of(request: Request) -> AsyncExitStack:
+    """What the request holds until its answer is over, in whatever way: released in reverse order."""
+    resources = request.scope["visiondrop.resources"]
+    assert isinstance(resources, AsyncExitStack)
+    return resources
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Collection[str]) -> None:
+
+class RecordingMiddleware:
+    """ASGI middleware.
+
+    Args:
+        metrics: what every request is counted in.
+        tracing: what has a span for every request that asks for work.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
         self._metrics = metrics
-        self._routes = frozenset(routes)
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        route = scope["path"] if scope["path"] in self._routes else OTHER_ROUTE
+        route = scope["path"] if scope["path"] in routes.ALL else routes.OTHER
         record = RequestRecord(choose_request_id(Headers(scope=scope).get("x-request-id")), route)
         scope["visiondrop.record"] = record
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.sent_status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = record.request_id
+                headers.update(record.rate_headers)
             await send(message)
 
-        is_chat = route == CHAT_ROUTE
-        if is_chat:
+        is_work = route in routes.WORK
+        if is_work:
             self._metrics.inflight.inc()
         try:
-            await self._app(scope, receive, send_with_id)
+            async with AsyncExitStack() as resources:
+                scope["visiondrop.resources"] = resources
+                if is_work:
+                    resources.enter_context(self._tracing.span(record, Headers(scope=scope)))
+                await self._app(scope, receive, send_with_id)
         except Exception:
             _log.exception("request %s failed", record.request_id)
             error = InternalError("the server failed; its log tells more", code="internal_error")
-            record.mark_failure(error.status, error.message)
+            record.mark_failure(error)
             if record.sent_status is None:
-                await JSONResponse(error.body(), error.status)(scope, receive, send_with_id)
+                await error_response(error)(scope, receive, send_with_id)
         finally:
             record.mark_end()
-            self._metrics.observe(record)
+            self._metrics.observe(record, is_work=is_work)
             if record.is_mismatch:
                 _log.error(
                     "request %s: the engine's prompt held %d visual tokens, %d were planned",
@@ -76,6 +96,6 @@ class RecordingMiddleware:
                     record.image_tokens,
                     record.num_placeholders,
                 )
-            if is_chat:
+            if is_work:
                 self._metrics.inflight.dec()
                 _request_log.info(json.dumps(record.log_fields(), ensure_ascii=False))

@@ -36,13 +36,12 @@ async def relay_events(source: EventSource, record: RequestRecord, include_usage
             if data == _DONE:
                 yield _event(_DONE)
                 return
-            record.mark_first_token()
             relayed = _relay_chunk(data, record, include_usage)
             if relayed is not None:
                 yield _event(relayed)
         raise EngineFailedError("the engine's answer ended too early", code="engine_failed")
     except GatewayError as error:
-        record.mark_failure(error.status, error.message)
+        record.mark_failure(error)
         yield _event(_dump(error.body()))
 
 
@@ -61,6 +60,8 @@ def _relay_chunk(data: bytes, record: RequestRecord, include_usage: bool) -> byt
     if "error" in chunk:
         code = chunk["error"].get("code") if isinstance(chunk["error"], Mapping) else None
         raise error_from_engine(code if isinstance(code, int) else 500, chunk)
+    if _has_text(chunk):
+        record.mark_token()
     if not chunk.get("usage"):
         return data
     chunk["usage"] = record.usage(chunk["usage"])
@@ -69,6 +70,15 @@ def _relay_chunk(data: bytes, record: RequestRecord, include_usage: bool) -> byt
             return None
         del chunk["usage"]
     return _dump(chunk)
+
+
+def _has_text(chunk: Mapping[str, Any]) -> bool:
+    """Whether an event brings a part of the answer, not only its frame (role, usage)."""
+    for choice in chunk.get("choices") or ():
+        delta = choice.get("delta") or {}
+        if choice.get("text") or any(delta.get(name) for name in ("content", "reasoning", "tool_calls")):
+            return True
+    return False
 
 
 class EventStream(Response):
@@ -92,7 +102,7 @@ class EventStream(Response):
         try:
             await until_disconnect(receive, lambda: self._send_events(send))
         except ClientDisconnectedError as error:
-            self._record.mark_failure(error.status, error.message)
+            self._record.mark_failure(error)
         finally:
             await self.aclose()
 

@@ -61,8 +61,13 @@ class ImageUrl(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     url: StrictStr
-    detail: StrictStr | None = None
-    """Accepted because OpenAI's clients send it; the budget decides."""
+    detail: Literal["auto", "low", "high", "original", "full"] | None = None
+    visual_token_budget: Budget | None = None
+
+    @field_validator("visual_token_budget", mode="before")
+    @classmethod
+    def _parse_budget(cls, value: object) -> Budget | None:
+        return None if value is None else parse_budget(value)
 
 
 class ImagePart(BaseModel):
@@ -142,7 +147,7 @@ class ChatRequest(BaseModel):
             if isinstance(message.content, list):
                 for place, part in enumerate(message.content):
                     if isinstance(part, ImagePart):
-                        yield f"messages[{turn}].content[{place}].image_url.url", part
+                        yield f"messages[{turn}].content[{place}].image_url", part
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:

@@ -94,6 +94,8 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(None, ge=0, le=65535)
     """A port for `/metrics` alone; without one it is on the main port, behind the keys where there are any."""
     metrics_host: str = "127.0.0.1"
+    tracing: bool = False
+    """Whether to send OpenTelemetry traces; where to, the OTEL_* variables say."""
 
     @field_validator("default_budget", "max_budget", mode="before")
     @classmethod

@@ -42,6 +42,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.request_ids: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.refusal: tuple[int, Any] | None = None
         self.break_after: int | None = None
         self.error_after: tuple[int, dict[str, Any]] | None = None
@@ -72,7 +73,8 @@ class FakeEngine:
             await reply.json(*((404, {"detail": "Not Found"}) if self.geometry is None else (200, self.geometry)))
         else:
             assert path == "/v1/chat/completions"
-            self.request_ids.append(dict(scope["headers"])[b"x-request-id"].decode())
+            self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
+            self.request_ids.append(self.headers[-1]["x-request-id"])
             await self._chat(json.loads(await _read(receive)), receive, reply)
 
     async def _chat(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 
 
@@ -13,3 +15,10 @@ def metric(text: str, series: str) -> float:
 
 async def metrics_of(client: httpx.AsyncClient) -> str:
     return (await client.get("/metrics")).text
+
+
+async def until_metric(client: httpx.AsyncClient, series: str, value: float) -> None:
+    """Wait, five seconds at most, until a series has a value."""
+    async with asyncio.timeout(5):
+        while metric(await metrics_of(client), series) != value:  # noqa: ASYNC110  # it is seen from outside
+            await asyncio.sleep(0.01)

@@ -22,6 +22,7 @@ from vd_plugin.schedule import FULL, Budget, resolve
 pytestmark = pytest.mark.anyio
 
 CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
 
 
 def assert_error(response: httpx.Response, status: int, param: str | None, *words: str) -> None:
@@ -86,7 +87,7 @@ async def test_pictures_of_all_turns_are_planned_in_order_of_appearance(
 
 
 async def test_text_only_requests_carry_no_budget(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    body = {"messages": [{"role": "user", "content": "Hi"}], "visual_token_budget": "low"}
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
     response = await client.post(CHAT, json=body)
 
     assert "mm_processor_kwargs" not in engine.bodies[0]
@@ -174,7 +175,7 @@ URL = "messages[0].content[0].image_url.url"
         (_parts({"type": "image_embeds", "image_embeds": "a"}), "messages[0].content[0]", "embeddings"),
         (_parts(_image_part("data:image/png;base64,", uuid="a")), "messages[0].content[0].uuid", "not permitted"),
         (_parts({"type": "image_url", "image_url": "a"}), "messages[0].content[0].image_url", ""),
-        (_parts(_image_part("https://example.org/a.png")), URL, "does not fetch"),
+        (_parts(_image_part("http://example.org/a.png")), URL, "http"),
         (_parts(_image_part("file:///etc/passwd")), URL, "data URL"),
         (_parts(_image_part("data:image/png;base64,!!!")), URL, "base64"),
         (_parts(_image_part("data:image/png;base64,aGVsbG8=")), URL, "not a JPEG"),
@@ -184,7 +185,7 @@ URL = "messages[0].content[0].image_url.url"
 async def test_bad_requests_get_a_sentence(
     client: httpx.AsyncClient, engine: FakeEngine, body: bytes, param: str | None, words: str
 ) -> None:
-    assert_error(await client.post(CHAT, content=body), 400, param, words)
+    assert_error(await client.post(CHAT, content=body, headers=JSON), 400, param, words)
     assert not engine.bodies
     assert (await client.post(CHAT, json=ask(picture()))).status_code == 200, "the server should go on serving"
 
@@ -197,7 +198,7 @@ async def test_limits_are_settings(engine: FakeEngine) -> None:
         assert_error(await client.post(CHAT, json=ask(picture(101, 100))), 400, URL, "at most 10000")
         noise = encode(Image.effect_noise((90, 90), 50))
         assert_error(await client.post(CHAT, json=ask(data_url(noise))), 413, URL, "at most 2000")
-        assert_error(await client.post(CHAT, content=b" " * 20_001), 413, None, "20000")
+        assert_error(await client.post(CHAT, content=b" " * 20_001, headers=JSON), 413, None, "20000")
         assert (await client.post(CHAT, json=ask(picture(100, 100), picture()))).status_code == 200
 
 
@@ -248,7 +249,7 @@ async def test_unreachable_engine_is_503() -> None:
         assert_error(await client.get("/v1/models"), 503, None)
         assert (await client.get("/health")).status_code == 200
         text = await metrics_of(client)
-        assert metric(text, "visiondrop_engine_up") == 0
+        assert metric(text, 'visiondrop_engine_up{engine="0"}') == 0
         assert metric(text, f'visiondrop_requests_total{{budget_class="none",code="503",route="{CHAT}"}}') == 1
 
 
@@ -336,7 +337,8 @@ async def test_client_that_goes_away_frees_the_engine_at_once(
 
 async def test_models_tell_the_budgets_and_no_paths(client: httpx.AsyncClient) -> None:
     (card,) = (await client.get("/v1/models")).json()["data"]
-    budgets = {"default": 640, "minimum": 32, "presets": {"low": 160, "medium": 320, "high": 640, "full": "full"}}
+    presets = {"low": 160, "medium": 320, "high": 640, "full": "full"}
+    budgets = {"default": 640, "minimum": 32, "maximum": "full", "presets": presets}
     assert card == {"id": MODEL, "object": "model", "visual_token_budget": budgets}
 
 

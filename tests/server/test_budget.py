@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from fake_engine import GEOMETRY
 
-from server.budget import CLASSES, budget_class, effective_budget, plan_images, request_class
+from server.budget import (
+    CLASSES,
+    Choice,
+    budget_class,
+    choose_budgets,
+    effective_budget,
+    lower,
+    parse_header,
+    plan_images,
+    request_class,
+)
 from server.errors import InvalidRequestError
 from server.images import CheckedImage
-from vd_plugin.schedule import Budget, resolve
+from vd_plugin.schedule import FULL, Budget, resolve
 
-BIG = CheckedImage(672, 672, "")
-SMALL = CheckedImage(30, 40, "")
+
+def _image(height: int, width: int) -> CheckedImage:
+    return CheckedImage(height, width, "", num_bytes=0, passed_through=True)
+
+
+BIG = _image(672, 672)
+SMALL = _image(30, 40)
 
 
 @pytest.mark.parametrize(
@@ -52,17 +68,90 @@ def test_budget_that_reaches_the_stock_count_is_full() -> None:
 
 
 def test_each_picture_gets_its_own_schedule() -> None:
-    plans = plan_images(GEOMETRY, [BIG, SMALL], 160)
-    assert plans == (resolve(GEOMETRY, 672, 672, 160), resolve(GEOMETRY, 30, 40, 160))
+    plans = plan_images(GEOMETRY, [BIG, SMALL], [Choice(160, None), Choice(320, None)])
+    assert plans == (resolve(GEOMETRY, 672, 672, 160), resolve(GEOMETRY, 30, 40, 320))
 
 
 def test_height_and_width_are_not_swapped() -> None:
-    tall, wide = plan_images(GEOMETRY, [CheckedImage(1000, 300, ""), CheckedImage(300, 1000, "")], "full")
+    tall, wide = plan_images(GEOMETRY, [_image(1000, 300), _image(300, 1000)], [Choice("full", None)] * 2)
     assert tall.full == GEOMETRY.full_tokens(1000, 300) != GEOMETRY.full_tokens(300, 1000) == wide.full
 
 
 def test_budget_below_one_token_a_tile_names_the_field() -> None:
     many_tiles = replace(GEOMETRY, grid_pinpoints=((336 * 8, 336 * 8),))
     with pytest.raises(InvalidRequestError, match="raise it") as error:
-        plan_images(many_tiles, [BIG], 32)
-    assert error.value.param == "visual_token_budget"
+        plan_images(many_tiles, [BIG], [Choice(32, "messages[0].content[1].image_url.detail")])
+    assert error.value.param == "messages[0].content[1].image_url.detail"
+
+
+@dataclass(frozen=True)
+class Wish:
+    visual_token_budget: Budget | None = None
+    detail: str | None = None
+
+
+def choose(*wishes: Wish, body: Budget | None = None, header: Budget | None = None, ceiling: Budget = FULL) -> Any:
+    pictures = [(f"p{number}", wish) for number, wish in enumerate(wishes)]
+    return [(choice.budget, choice.param) for choice in choose_budgets(pictures, body, header, 640, ceiling)]
+
+
+def test_the_first_place_that_names_a_budget_wins() -> None:
+    every = Wish(100, "low")
+    assert choose(every, body=200, header=300) == [(100, "p0.visual_token_budget")]
+    assert choose(Wish(detail="low"), body=200, header=300) == [(160, "p0.detail")]
+    assert choose(Wish(detail="auto"), body=200, header=300) == [(200, "visual_token_budget")]
+    assert choose(Wish(), header=300) == [(300, "X-Visual-Token-Budget")]
+    assert choose(Wish()) == [(640, None)]
+
+
+def test_details_are_openais_words_for_budgets() -> None:
+    details = ["low", "high", "original", "full", "auto"]
+    assert [budget for budget, _ in choose(*[Wish(detail=word) for word in details], body=99)] == [
+        160,
+        640,
+        FULL,
+        FULL,
+        99,
+    ]
+
+
+def test_pictures_of_one_request_choose_for_themselves() -> None:
+    assert choose(Wish(32), Wish(detail="full"), Wish(), body=50) == [
+        (32, "p0.visual_token_budget"),
+        (FULL, "p1.detail"),
+        (50, "visual_token_budget"),
+    ]
+
+
+def test_ceiling_lowers_what_is_above_it_and_nothing_else() -> None:
+    wishes = [Wish(32), Wish(320), Wish(321), Wish(detail="full"), Wish()]
+    assert [budget for budget, _ in choose(*wishes, ceiling=320)] == [32, 320, 320, 320, 320]
+    assert [lower(*pair) for pair in [(FULL, FULL), (FULL, 40), (40, FULL), (40, 50), (50, 40)]] == [
+        FULL,
+        40,
+        40,
+        40,
+        40,
+    ]
+
+
+@pytest.mark.parametrize(("place", "param"), [("body", "visual_token_budget"), ("header", "X-Visual-Token-Budget")])
+def test_budget_without_pictures_is_refused(place: str, param: str) -> None:
+    with pytest.raises(InvalidRequestError, match="no images") as error:
+        choose(**{place: 320})
+    assert error.value.param == param
+    assert choose() == []
+
+
+@pytest.mark.parametrize(("text", "budget"), [(None, None), ("320", 320), (" low ", 160), ("full", FULL), ("032", 32)])
+def test_header_is_a_number_or_a_name(text: str | None, budget: Budget | None) -> None:
+    assert parse_header(text) == budget
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "31", "-40", "1.5", "1e3", "true", "lots", "320, 640", "9" * 30, "\u0663\u0662\u0660"]
+)
+def test_other_headers_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="at least 32") as error:
+        parse_header(text)
+    assert error.value.param == "X-Visual-Token-Budget"

@@ -36,7 +36,7 @@ async def test_record_feeds_metrics_and_log(
     assert metric(text, "visiondrop_request_seconds_count") == 1
     assert metric(text, "visiondrop_time_to_first_token_seconds_count") == 0
     assert metric(text, "visiondrop_schedule_mismatch_total") == 0
-    assert metric(text, "visiondrop_engine_up") == 1
+    assert metric(text, 'visiondrop_engine_up{engine="0"}') == 1
 
     line = json.loads(caplog.messages[-1])
     assert line["request_id"] == "abc-1" == engine.request_ids[0]
