@@ -29,9 +29,14 @@ def test_leases_share_one_limit_and_a_refused_one_keeps_what_it_had() -> None:
 
 def test_lease_is_released_when_its_request_fails() -> None:
     budget = MemoryBudget(100)
-    with pytest.raises(OverloadedError), budget.lease() as lease:
-        for _ in range(3):
-            lease.add(40)
+
+    def fail() -> None:
+        with budget.lease() as lease:
+            lease.add(60)
+            lease.add(60)
+
+    with pytest.raises(OverloadedError):
+        fail()
     budget.lease().add(100)
 
 
