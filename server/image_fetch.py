@@ -110,12 +110,8 @@ class ImageFetcher:
                 ) from None
             except _FAILURES as error:
                 # The host alone: paths and queries may hold secrets.
-                _log.info(
-                    "image not fetched from %s: %s: %r",
-                    target.raw_host.decode("ascii"),
-                    type(error).__name__,
-                    str(error),
-                )
+                reason = str(error) or type(error).__name__
+                _log.info("image not fetched from %s: %r", target.raw_host.decode("ascii"), reason)
                 self._refuse(param)
 
     async def aclose(self) -> None:
@@ -126,7 +122,7 @@ class ImageFetcher:
         seconds, redirects = self._settings.fetch_seconds, self._settings.fetch_redirects
         raise ImageUnavailableError(
             f"the image could not be fetched; its URL must lead to a public server that sends it within {seconds:g} "
-            f"seconds, uncompressed, and after at most {redirects} redirects",
+            f"seconds, uncompressed (redirects: at most {redirects})",
             param=param,
             code=_CODE,
         ) from None
