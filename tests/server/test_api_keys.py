@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
@@ -93,6 +93,8 @@ ODD_KEYS = ApiKeys([(sha256(b"right").digest(), ApiKey("right"))])
 
 
 @given(st.text(st.characters(exclude_categories=())) | st.binary().map(lambda raw: raw.decode("latin-1")))
+@example("\udcff")
+@example("\x00")
 def test_odd_headers_are_refused_and_nothing_else(text: str) -> None:
     for header in (text, f"Bearer {text}", f"Bearer right{text or '!'}x"):
         with pytest.raises(AuthenticationError):
