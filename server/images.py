@@ -1,38 +1,55 @@
-"""A picture in a request: read from its data URL, checked, its size known.
+"""A picture in a request: checked, its size known, brought to a form that the engine reads right.
 
 The engine decodes trustingly (a 48 KB PNG of 400 megapixels is an HTTP 500 there, 16-bit grey turns white, an animation
-silently loses all frames but one), so everything is decided here: a plain picture (8-bit grey or RGB, upright, one
-frame) goes on byte for byte, any other is brought to that form and sent as PNG.
+silently loses all frames but one), so everything is decided here:
+
+1. decode the base64 text, as strictly as the engine             (data_url.py)
+2. turn away traps, by the file's structure                      (image_structure.py)
+3. read the header: size, kind, colours, orientation, frames     (Pillow)
+4. a plain picture (8-bit grey or RGB, upright, one frame) in a whole file goes on byte for byte, not decoded at all
+5. any other is decoded; what is not plain then is normalised    (image_pixels.py) and sent as PNG
+
+Damage inside the compressed pixels of a plain picture, with nothing missing and all checksums right, is found by the
+engine only; it answers 400. Colour profiles are ignored, as the engine ignores them.
 
 These functions block; the caller runs them in a thread. Pillow lets go of the interpreter lock while it decodes.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Final
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile
 
-from server.errors import InvalidRequestError, PayloadTooLargeError
+from server.data_url import DataUrl, check_num_bytes, read_data_url, write_data_url
+from server.errors import GatewayError, InvalidRequestError
+from server.image_pixels import normalise, to_png
+from server.image_structure import BrokenImageError, is_whole
 from server.settings import Settings
 
-_WHITE_SPACE: Final = b" \t\r\n\f\v"
-_16_BIT_TO_8_BIT: Final = 255 / 65535
 _TURNED: Final = range(2, 9)
 """EXIF orientations that change the picture; 1 is upright, others are invalid and ignored by every reader."""
+
+_ENGINE_ORDER: Final = ("FLI", "GBR", "IM", "IMT", "IPTC", "JPEG", "PCD", "PNG", "SPIDER", "TGA", "WEBP")
+"""The engine tries its formats by name (vllm/multimodal/image.py), and some are recognised by next to nothing. A file
+that is a JPEG, PNG or WebP here must not be another one there; these are those that could come first."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedImage:
-    """A picture that decodes and is within the limits. `url` is what the engine gets; sizes as the model sees them."""
+    """A picture within the limits.
+
+    `url` is what the engine gets; height and width as the model sees them, turned upright. `num_bytes` is the size of
+    the file as it came, and `passed_through` tells that the engine gets that file.
+    """
 
     height: int
     width: int
     url: str
+    num_bytes: int
+    passed_through: bool
 
 
 def check_image(url: str, settings: Settings, param: str) -> CheckedImage:
@@ -45,54 +62,61 @@ def check_image(url: str, settings: Settings, param: str) -> CheckedImage:
         InvalidRequestError: not a data URL, not a picture, broken, animated, or with too many pixels.
         PayloadTooLargeError: too many bytes.
     """
-    data = _read_data_url(url, settings.max_image_bytes, param)
+    if url.lstrip()[:8].lower().startswith(("http://", "https://")):
+        raise InvalidRequestError(
+            "this server does not fetch images; send the image itself as a data URL (data:image/png;base64,...)",
+            param=param,
+        )
+    source = read_data_url(url, settings.max_image_bytes, param)
+    return _check(source.data, source, settings, param)
+
+
+def check_image_bytes(data: bytes, settings: Settings, param: str) -> CheckedImage:
+    """Take a picture from its file. Arguments and errors as for `check_image`."""
+    check_num_bytes(len(data), settings.max_image_bytes, param)
+    return _check(data, None, settings, param)
+
+
+def _check(data: bytes, source: DataUrl | None, settings: Settings, param: str) -> CheckedImage:
     kind = _sniff(data)
     if kind is None:
-        raise InvalidRequestError("the image is not a JPEG, PNG, WebP or GIF file", param=param, code="invalid_image")
+        what = "is not a JPEG, PNG, WebP or GIF file" if data else "is empty"
+        raise InvalidRequestError(f"the image {what}", param=param, code="invalid_image")
     try:
-        picture = Image.open(BytesIO(data), formats=(kind,))
+        whole = is_whole(data, kind)
+        picture = _open(data, kind)
         _check_size(picture, settings, param)
         _check_single(picture, param)
-        picture.load()
-        upright = None if _is_plain(picture) else _normalise(picture)
-    except InvalidRequestError:
+        passes = whole and _is_plain(picture, _orientation(picture)) and _is_kind_for_engine(data)
+        if not passes:
+            # Anew, since what Pillow has read of the orientation so far it would not read again.
+            picture = _open(data, kind)
+            picture.load()
+            orientation = _orientation(picture)
+            passes = _is_plain(picture, orientation) and _is_kind_for_engine(data)
+        if passes:
+            url = source.as_kind(kind) if source else write_data_url(kind, data)
+            return CheckedImage(picture.height, picture.width, url, len(data), passed_through=True)
+        image = normalise(picture, orientation or 1, data[24] if kind == "PNG" else 8)
+        height, width = image.height, image.width
+        return CheckedImage(height, width, write_data_url("PNG", to_png(image)), len(data), passed_through=False)
+    except (GatewayError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InvalidRequestError("the image has too many pixels", param=param, code="image_too_large") from None
     except Exception as error:
-        # Pillow's readers raise almost anything on a broken file: OSError, SyntaxError, struct.error, IndexError, ...
-        reason = str(error) or type(error).__name__
+        # Pillow's readers raise almost anything on a broken file (OSError, SyntaxError, struct.error, IndexError, ...),
+        # in words for programmers.
+        reason = str(error) if isinstance(error, BrokenImageError) else "is broken, incomplete or of an unusual kind"
         raise InvalidRequestError(
-            f"the image cannot be decoded ({kind}, {len(data)} bytes): {reason}", param=param, code="invalid_image"
-        ) from None
-    if upright is None:
-        return CheckedImage(picture.height, picture.width, _data_url(data, kind))
-    return CheckedImage(upright.height, upright.width, _data_url(_to_png(upright), "PNG"))
-
-
-def _read_data_url(url: str, max_bytes: int, param: str) -> bytes:
-    url = url.strip()
-    scheme = url[:8].lower()
-    if scheme.startswith(("http://", "https://")):
-        raise InvalidRequestError(
-            "this server does not fetch images yet; send the image itself as a data URL (data:image/png;base64,...)",
+            f"the image cannot be decoded: its {kind} file ({len(data)} bytes) {reason}",
             param=param,
-        )
-    head, comma, payload = url.partition(",")
-    if not scheme.startswith("data:") or not comma or not head.lower().rstrip().endswith(";base64"):
-        raise InvalidRequestError("the image must be a base64 data URL (data:image/png;base64,...)", param=param)
-    try:
-        encoded = payload.encode("ascii").translate(None, _WHITE_SPACE)
-        num_bytes = len(encoded) * 3 // 4 - encoded.count(b"=", -2)
-        if num_bytes > max_bytes:
-            raise PayloadTooLargeError(
-                f"the image has {num_bytes} bytes; at most {max_bytes} are accepted",
-                param=param,
-                code="image_too_large",
-            )
-        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
-    except (UnicodeEncodeError, binascii.Error):
-        raise InvalidRequestError("the image's data URL is not valid base64", param=param) from None
+            code="invalid_image",
+        ) from None
+
+
+def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+    return Image.open(BytesIO(data), formats=(kind,))
 
 
 def _sniff(data: bytes) -> str | None:
@@ -106,6 +130,14 @@ def _sniff(data: bytes) -> str | None:
     if data.startswith((b"GIF87a", b"GIF89a")):
         return "GIF"
     return None
+
+
+def _is_kind_for_engine(data: bytes) -> bool:
+    try:
+        return Image.open(BytesIO(data), formats=_ENGINE_ORDER).format in ("JPEG", "MPO", "PNG", "WEBP")
+    except Exception:
+        # A reader that comes first chokes on the file; it would do so in the engine.
+        return False
 
 
 def _check_size(picture: Image.Image, settings: Settings, param: str) -> None:
@@ -128,53 +160,27 @@ def _check_size(picture: Image.Image, settings: Settings, param: str) -> None:
 
 def _check_single(picture: Image.Image, param: str) -> None:
     # MPO is what some cameras write: a JPEG followed by previews of the same scene. Its first frame is the picture.
-    if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+    if picture.format != "MPO" and getattr(picture, "is_animated", False):
         raise InvalidRequestError(
             "the image is animated; send the frame that is meant", param=param, code="invalid_image"
         )
 
 
-def _is_plain(picture: Image.Image) -> bool:
+def _is_plain(picture: Image.Image, orientation: int | None) -> bool:
     return (
         picture.mode in ("L", "RGB")
-        and picture.format in ("JPEG", "PNG", "WEBP")
+        and picture.format in ("JPEG", "MPO", "PNG", "WEBP")
         and not picture.has_transparency_data
-        and _orientation(picture) == 1
+        and orientation == 1
     )
 
 
 def _orientation(picture: Image.Image) -> int | None:
     """1 for upright, 2..8 for turned, None if the EXIF block is broken (the picture is then taken as it is)."""
     try:
-        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        # Not the PNG reader's own method, which decodes the pixels to find a block behind them.
+        value = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
     except Exception:
         # As for the pixels: a broken block can raise anything, and here it need not cost the picture.
         return None
     return value if value in _TURNED else 1
-
-
-def _normalise(picture: Image.Image) -> Image.Image:
-    """8-bit grey or RGB, upright, transparency on white."""
-    image = picture
-    if _orientation(picture) in _TURNED:
-        image = ImageOps.exif_transpose(picture)
-    if image.mode.startswith("I"):
-        # Pillow clips at 255 where it converts to 8 bits. A transparent colour (tRNS) of 16-bit grey is ignored.
-        image = image.convert("I").point(lambda value: value * _16_BIT_TO_8_BIT + 0.5).convert("L")
-        image.info.pop("transparency", None)
-    if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def _to_png(image: Image.Image) -> bytes:
-    image.info = {}  # else Pillow would write EXIF and colour profile along
-    buffer = BytesIO()
-    image.save(buffer, "PNG", compress_level=1)  # it only travels to the engine
-    return buffer.getvalue()
-
-
-def _data_url(data: bytes, kind: str) -> str:
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode('ascii')}"

@@ -1,0 +1,94 @@
+"""Pictures of any kind brought to what a model takes: 8-bit grey or RGB, upright, on white.
+
+Done in bands, so that no more than source and result is ever held whole: 8 bytes a pixel, since Pillow keeps RGB in
+four.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Final
+
+from PIL import Image
+
+_BAND_PIXELS: Final = 2_000_000
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to what undoes it."""
+_16_BIT_GREY: Final = tuple((value * 255 + 32767) // 65535 for value in range(65536))
+
+
+def normalise(picture: Image.Image, orientation: int, bit_depth: int) -> Image.Image:
+    """A plain picture in place of `picture`, which is closed to free its memory.
+
+    Args:
+        orientation: EXIF's, 1 to 8.
+        bit_depth: bits of a sample in the file; Pillow widens some without widening the transparent colour.
+    """
+    _mend_transparency(picture, bit_depth)
+    if picture.mode in ("L", "RGB") and "transparency" not in picture.info:
+        plain = picture
+    else:
+        plain = _flatten(picture)
+        picture.close()
+    if orientation in _TURNS:
+        turned = plain.transpose(_TURNS[orientation])
+        plain.close()
+        plain = turned
+    plain.info = {}  # else Pillow would write EXIF and colour profile along
+    return plain
+
+
+def to_png(image: Image.Image) -> memoryview:
+    """The picture as a PNG file, compressed little since it only travels to the engine. It is closed."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    image.close()
+    return buffer.getbuffer()
+
+
+def _mend_transparency(picture: Image.Image, bit_depth: int) -> None:
+    """Bring the one transparent colour of a PNG (tRNS) to the range in which Pillow gives the pixels."""
+    color = picture.info.get("transparency")
+    if isinstance(color, str):
+        del picture.info["transparency"]  # a text chunk of that name
+    elif picture.mode == "L" and isinstance(color, int) and bit_depth < 8:
+        picture.info["transparency"] = color * 255 // (2**bit_depth - 1)
+    elif picture.mode == "RGB" and isinstance(color, tuple) and bit_depth == 16:
+        # Pillow keeps the high byte of each sample; two colours with the same high bytes cannot be told apart.
+        picture.info["transparency"] = tuple(sample >> 8 for sample in color)
+
+
+def _flatten(picture: Image.Image) -> Image.Image:
+    opaque = not picture.has_transparency_data
+    grey = picture.mode.startswith("I") or (opaque and picture.mode in ("1", "L"))
+    width, height = picture.size
+    flat = Image.new("L" if grey else "RGB", picture.size, "white")
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        band = picture.crop((0, top, width, min(top + rows, height)))
+        if band.mode.startswith("I"):
+            _paste_16_bit(flat, band, top)
+        elif opaque:
+            flat.paste(band.convert(flat.mode), (0, top))
+        else:
+            band = band.convert("RGBA")
+            flat.paste(band, (0, top), mask=band)
+    return flat
+
+
+def _paste_16_bit(flat: Image.Image, band: Image.Image, top: int) -> None:
+    """Scaled, where Pillow would clip at 255."""
+    hole = band.info.pop("transparency", None)
+    wide = band.convert("I")
+    flat.paste(wide.point(_16_BIT_GREY, "L"), (0, top))
+    if isinstance(hole, int):
+        mask = wide.point([255 * (value == hole) for value in range(65536)], "L")
+        flat.paste(255, (0, top), mask=mask)
