@@ -40,7 +40,7 @@ class RateLimits:
         """
         rate = self._request_rate(key)
         if rate is not None and not self._window.hit(rate, key.name):
-            seconds = self._seconds_until_free(rate, key, 1)
+            seconds = max(self._seconds_until_free(rate, key, 1), 1)
             raise RateLimitError(
                 f"at most {rate.amount} requests a minute are accepted; try again in {seconds} s",
                 reason="requests_per_minute",
@@ -65,7 +65,7 @@ class RateLimits:
                 param="messages",
             )
         if not self._window.hit(rate, key.name, cost=count):
-            seconds = self._seconds_until_free(rate, key, count)
+            seconds = max(self._seconds_until_free(rate, key, count), 1)
             raise RateLimitError(
                 f"at most {rate.amount} images a minute are accepted, and the {count} of this request would be "
                 f"more than that; try again in {seconds} s",
@@ -98,6 +98,7 @@ class RateLimits:
     def _seconds_until_free(self, rate: RateLimitItemPerMinute, key: ApiKey, count: int) -> int:
         """Whole seconds, at most 60, after which `count` hits more will pass; 0 if they would now.
 
+        It may be 0 for a hit just refused, since time goes on between the two.
         Hits that will have left the window by then are those that a window shorter by as much does not see.
         """
 

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
@@ -92,6 +92,7 @@ def test_digest_of_a_key_is_no_key(keys: ApiKeys) -> None:
 ODD_KEYS = ApiKeys([(sha256(b"right").digest(), ApiKey("right"))])
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=())) | st.binary().map(lambda raw: raw.decode("latin-1")))
 @example("\udcff")
 @example("\x00")

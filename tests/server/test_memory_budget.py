@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import OverloadedError
@@ -40,6 +40,7 @@ def test_lease_is_released_when_its_request_fails() -> None:
     budget.lease().add(100)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60) | st.none())))
 def test_sum_is_within_the_limit_and_nought_at_the_end(steps: list[tuple[int, int | None]]) -> None:
     budget = MemoryBudget(100)

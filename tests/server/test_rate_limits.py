@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import limits.storage.memory
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from server.api_keys import ANONYMOUS, ApiKey
@@ -155,11 +155,13 @@ def test_headers_tell_what_is_left_and_when_all_of_it_is_back(clock: Clock) -> N
     assert told() == ("3", "3", "0s")
 
 
+@settings(deadline=None)
 @given(
     rate=st.integers(1, 12),
     hits=st.lists(st.tuples(st.integers(1, 12), st.floats(0, 70)), min_size=1, max_size=20),
     wanted=st.integers(1, 12),
 )
+@example(rate=1, hits=[(1, 60.0)], wanted=1)  # at the very edge of the window
 def test_waiting_as_told_makes_the_same_request_pass_and_no_sooner(
     clock: Clock, rate: int, hits: list[tuple[int, float]], wanted: int
 ) -> None:
