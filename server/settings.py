@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(64 * _MIB, gt=0)
     max_buffered_bytes: int = Field(1024 * _MIB, gt=0)
     """Bodies and fetched pictures that all requests together may hold in memory; above it requests are turned away."""
+    max_connections: int = Field(4096, gt=0)
+    """Open connections; more are closed at once."""
     header_seconds: float = Field(10.0, gt=0)
     """From a connection's first moment to the end of the request's headers."""
     body_seconds: float = Field(60.0, gt=0)

@@ -13,7 +13,7 @@ from importlib.abc import MetaPathFinder
 class Wall(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top in ("torch", "vllm", "transformers", "numpy", "openai"):
+        if top in ("torch", "vllm", "transformers", "numpy", "openai", "opentelemetry"):
             raise ImportError(f"{name} is behind the wall")
         if name.startswith("vd_plugin.") and name != "vd_plugin.schedule":
             raise ImportError(f"{name} is behind the wall")
@@ -31,8 +31,9 @@ for name in names:
     importlib.import_module(f"server.{name}")
 from server.app import create_app
 from server.engine_client import HttpEngineClient
+from server.engine_pool import EnginePool
 from server.settings import Settings
-create_app(Settings(), HttpEngineClient.at("http://127.0.0.1:1"))
+create_app(Settings(), EnginePool({"0": HttpEngineClient.at("http://127.0.0.1:1")}, Settings()))
 print(len(names), "modules")
 """
 
