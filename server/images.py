@@ -48,8 +48,8 @@ class CheckedImage:
     height: int
     width: int
     url: str
-    num_bytes: int
-    passed_through: bool
+    num_bytes: int = 0
+    passed_through: bool = False
 
 
 def check_image(url: str, settings: Settings, param: str) -> CheckedImage:

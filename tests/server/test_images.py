@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import base64
 import struct
-import zlib
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from statistics import median
 
 import pytest
-from pictures import data_url, decode, encode
-from PIL import Image, ImageCms
+from bad_images import SIZE, ImageCase, bomb, image_cases, jpeg_of_scans, photo
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pictures import data_url, decode, decode_as_engine, encode, png, png_chunk
+from PIL import Image, ImageChops, ImageCms, ImageOps
 
 from server.errors import GatewayError, InvalidRequestError, PayloadTooLargeError
-from server.images import CheckedImage, check_image
+from server.images import CheckedImage, check_image, check_image_bytes
 from server.settings import Settings
 
 RED = (255, 0, 0)
@@ -118,20 +126,10 @@ def test_previews_in_a_camera_file_do_not_make_it_an_animation() -> None:
     assert red > 200 > 50 > blue
 
 
-def _bomb(width: int, height: int) -> bytes:
-    """A PNG whose header promises much and whose body holds nothing."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(("width", "height"), [(8000, 8000), (10_000, 10_000), (20_000, 20_000)])
 def test_too_many_pixels_are_refused_from_the_header(width: int, height: int) -> None:
     with pytest.raises(InvalidRequestError, match="pixels") as error:
-        check(_bomb(width, height))
+        check(png(width, height, 8, 2, b""))
     assert error.value.code == "image_too_large"
 
 
@@ -184,3 +182,194 @@ def test_colour_profiles_and_notes_do_not_travel_to_the_engine() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     sent = decode(check(encode(Image.new("RGB", (20, 10), RED).convert("P"), icc_profile=profile, exif=exif(6))).url)
     assert not {"icc_profile", "exif", "Comment"} & sent.info.keys()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in image_cases()])
+def test_every_case_of_the_corpus_has_its_outcome(case: ImageCase) -> None:
+    if case.status == 200:
+        checked = check_image(case.url, Settings(), "here")
+        assert (checked.width, checked.height) == SIZE == decode_as_engine(checked.url).size
+        return
+    with pytest.raises(GatewayError) as error:
+        check_image(case.url, Settings(), "here")
+    assert (error.value.status, error.value.code, error.value.param) == (case.status, case.code, "here")
+    assert "object at" not in error.value.message
+    assert len(error.value.message) < 200
+
+
+def difference(left: Image.Image, right: Image.Image) -> int:
+    """The largest of all samples, in steps of 8 bits."""
+    assert left.size == right.size
+    return max(high for _, high in ImageChops.difference(left.convert("RGB"), right.convert("RGB")).getextrema())
+
+
+def as_seen(data: bytes) -> Image.Image:
+    """What a person sees: upright, on white."""
+    image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]),
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"]),
+    orientation=st.integers(0, 9),
+    options=st.fixed_dictionaries(
+        {}, optional={"progressive": st.just(True), "lossless": st.booleans(), "optimize": st.booleans()}
+    ),
+    tail=st.sampled_from([b"", b"\x00", b"tail" * 40]),
+    as_text=st.booleans(),
+)
+def test_the_engine_sees_what_a_person_sees(
+    kind: str, mode: str, orientation: int, options: dict[str, bool], tail: bytes, as_text: bool
+) -> None:
+    assume(mode not in ("LA", "P", "RGBA") if kind == "JPEG" else mode != "CMYK")
+    image = photo(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.linear_gradient("L").resize(SIZE))
+    data = encode(image, kind, **({} if kind == "GIF" else {"exif": exif(orientation)}), **options) + tail
+    checked = check(data) if as_text else check_image_bytes(data, Settings(), "here")
+    seen = decode_as_engine(checked.url)
+    assert seen.size == (checked.width, checked.height)
+    assert difference(seen, as_seen(data)) <= 1
+    assert checked.num_bytes == len(data)
+    upright = kind == "GIF" or orientation not in range(2, 9)
+    plain = Image.open(BytesIO(data)).mode in ("L", "RGB") and kind != "GIF" and upright
+    assert checked.passed_through == plain == (base64.b64decode(checked.url.partition(",")[2]) == data)
+
+
+@pytest.mark.parametrize("interlace", [0, 1])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("hole", [False, True])
+def test_grey_of_any_depth_is_scaled_and_its_hole_is_white(depth: int, hole: bool, interlace: int) -> None:
+    top = 2**depth - 1
+    values = [0, top // 3, top * 2 // 3, top]
+    for value in values:
+        # One pixel, which is the same with and without interlacing.
+        row = b"\x00" + (value << (-depth % 8)).to_bytes(max(1, depth // 8), "big")
+        chunks = [png_chunk(b"tRNS", values[0].to_bytes(2, "big"))] if hole else []
+        seen = decode_as_engine(check(png(1, 1, depth, 0, row, *chunks, interlace=interlace)).url)
+        expected = 255 if hole and value == values[0] else round(value * 255 / top)
+        assert seen.getpixel((0, 0)) == (expected,) * 3
+
+
+@pytest.mark.parametrize(("colors", "samples"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_of_colour_are_scaled(colors: int, samples: int) -> None:
+    row = b"\x00" + b"\x40\x00" * (samples - (colors > 3)) + b"\xff\xff" * (colors > 3)
+    assert decode_as_engine(check(png(1, 1, 16, colors, row)).url).getpixel((0, 0)) == (64, 64, 64)
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_white() -> None:
+    row = b"\x00" + b"\x40\x40\x00\x00\x00\x00" + b"\x40\x40\x00\x00\xff\xff"
+    seen = decode_as_engine(check(png(2, 1, 16, 2, row, png_chunk(b"tRNS", b"\x40\x40" + bytes(4)))).url)
+    assert [seen.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (64, 0, 255)]
+
+
+@pytest.mark.parametrize(
+    "behind", [b"eXIf" + exif(6).tobytes()[6:], b'iTXtXML:com.adobe.xmp\x00\x00\x00\x00\x00tiff:Orientation="6"']
+)
+def test_an_orientation_behind_the_pixels_counts(behind: bytes) -> None:
+    data = encode(halves("RGB", RED, "blue"))
+    checked = check(data[:-12] + png_chunk(behind[:4], behind[4:]) + data[-12:])
+    assert (checked.width, checked.height) == (20, 40)
+    assert decode_as_engine(checked.url).getpixel((10, 5)) == RED
+
+
+def test_an_orientation_in_xmp_counts_where_exif_has_none() -> None:
+    data = encode(halves("RGB", RED, "blue"), "JPEG", xmp=b'<x tiff:Orientation="6"/>')
+    checked = check(data)
+    assert (checked.width, checked.height) == (20, 40) == decode_as_engine(checked.url).size
+
+
+def test_a_large_preview_before_the_pixels_does_not_hide_the_header() -> None:
+    data = encode(photo(), "JPEG")
+    noise = bytes(65_000)
+    data = data[:2] + (b"\xff\xe2" + (len(noise) + 2).to_bytes(2, "big") + noise) * 20 + data[2:]
+    assert check(data).passed_through
+
+
+def _photo_cd_and_png() -> bytes:
+    return png(*SIZE, 8, 2, (b"\x00" + bytes(144)) * 36, png_chunk(b"prVt", bytes(2048 - 41) + b"PCD_" + bytes(2000)))
+
+
+def _photo_cd_and_webp() -> bytes:
+    data = encode(photo(), "WEBP", icc_profile=bytes(4000))
+    return data[:2048] + b"PCD_" + data[2052:]
+
+
+def _film_and_jpeg() -> bytes:
+    """A JPEG whose first segment makes it an Autodesk animation of 10 x 10, too."""
+    film = struct.pack("<HHH", 1, 10, 10).ljust(0x11AF - 2, b"\x00")
+    data = encode(photo(), "JPEG")
+    return data[:2] + b"\xff\xe0\x11\xaf" + film + data[2:]
+
+
+@pytest.mark.parametrize("make", [_photo_cd_and_png, _photo_cd_and_webp, _film_and_jpeg])
+def test_a_file_that_the_engine_takes_for_another_kind_is_written_anew(make: Callable[[], bytes]) -> None:
+    with suppress(Exception):  # the engine may choke as well
+        assert decode_as_engine(data_url(make())).size != SIZE
+    checked = check(make())
+    assert not checked.passed_through
+    assert decode_as_engine(checked.url).size == (checked.width, checked.height) == SIZE
+
+
+def test_a_jpeg_may_have_as_many_scans_as_real_ones_have() -> None:
+    assert check(jpeg_of_scans(80)).passed_through
+    with pytest.raises(InvalidRequestError, match="too many scans"):
+        check(jpeg_of_scans(101))
+
+
+def _timed(url: str, accepted: bool, times: int = 9) -> float:
+    """Median milliseconds."""
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        try:
+            assert check_image(url, Settings(), "here").passed_through
+        except GatewayError:
+            assert not accepted
+        taken.append(1000 * (time.perf_counter() - start))
+    return median(taken)
+
+
+def test_two_megabytes_pass_in_milliseconds() -> None:
+    noise = Image.effect_noise((1000, 670), 60)
+    still = encode(Image.merge("RGB", (noise, noise.rotate(180), Image.effect_noise((1000, 670), 60))))
+    scene = Image.blend(photo().resize((4000, 3000)), Image.effect_noise((4000, 3000), 60).convert("RGB"), 0.3)
+    for kind, data in {"PNG": still, "JPEG": encode(scene, "JPEG", quality=82)}.items():
+        assert 1_500_000 < len(data) < 4_500_000
+        taken = _timed(data_url(data, f"image/{kind.lower()}"), accepted=True)
+        print(f"{kind} of {len(data)} bytes: {taken:.2f} ms")
+        assert taken < 50
+
+
+def test_a_bomb_is_refused_in_milliseconds() -> None:
+    data = bomb(20_000, 20_000)
+    assert len(data) < 50_000
+    taken = _timed(data_url(data), accepted=False)
+    print(f"{taken:.2f} ms")
+    assert taken < 20
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from server.images import check_image_bytes
+from server.settings import Settings
+data = sys.stdin.buffer.read()
+peak = lambda: 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+before = peak()
+assert not check_image_bytes(data, Settings(), "here").passed_through
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "CMYK"])
+def test_normalising_takes_less_than_four_times_the_pixels(mode: str) -> None:
+    data = encode(Image.new(mode, (5000, 3000)), "JPEG" if mode == "CMYK" else "PNG")
+    peak = int(subprocess.run([sys.executable, "-c", _PEAK], input=data, capture_output=True, check=True).stdout)
+    print(f"{mode}: {peak / 1e6:.0f} MB")
+    assert 5000 * 3000 < peak < 4 * 3 * 5000 * 3000
