@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vd_plugin.schedule import FULL, PRESETS, Budget, parse_budget
@@ -104,6 +104,15 @@ class Settings(BaseSettings):
     def _parse_budget(cls, value: Any) -> Budget:
         # Environment and command line know only strings.
         return parse_budget(int(value) if isinstance(value, str) and value.isdecimal() else value)
+
+    @model_validator(mode="after")
+    def _check_room(self) -> Settings:
+        if self.max_buffered_bytes < self.max_body_bytes + self.max_image_bytes:
+            raise ValueError(
+                "max_buffered_bytes must be at least max_body_bytes + max_image_bytes, "
+                "else a request within its limits could never be served"
+            )
+        return self
 
     @field_validator("fetch_hosts", mode="before")
     @classmethod
