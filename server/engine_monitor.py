@@ -37,7 +37,6 @@ LOST_FACTOR: Final = 4
 """Stall bounds without progress after which an engine's answers are given up."""
 
 _LOOK_SECONDS: Final = 3.0
-_OVERSLEPT_SECONDS: Final = 1.0
 
 # Token ids need no tokenizer, and 1 is in every vocabulary. Without a model vLLM takes the one it serves.
 _CANARY: Final = json.dumps({"prompt": [1], "max_tokens": 1, "temperature": 0}).encode()
@@ -240,7 +239,7 @@ class EngineMonitor:
 
     def _forgive(self, overslept_seconds: float) -> None:
         """Time in which the gateway itself stood still must not count against the engine."""
-        if overslept_seconds >= _OVERSLEPT_SECONDS:
+        if overslept_seconds >= self._quiet_seconds:
             self._signs.progress_at += overslept_seconds
 
     def _tell(self) -> None:

@@ -54,7 +54,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.num_canaries = 0
-        self.refuses_canaries = False
+        self.canary_refusal: tuple[int, Any] | None = None
         self.num_steps = 0
         self.steps_while_stalled = False
         self._getting_on = asyncio.Event()
@@ -155,8 +155,8 @@ class FakeEngine:
     async def _complete(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
         if body["prompt"] == [1] and body["max_tokens"] == 1:
             self.num_canaries += 1
-            if self.refuses_canaries:
-                await reply.json(400, {"error": {"message": "no such token", "type": "BadRequestError", "code": 400}})
+            if self.canary_refusal is not None:
+                await reply.json(*self.canary_refusal)
                 return
         else:
             self.bodies.append(body)
