@@ -9,7 +9,14 @@ from typing import Any, Final, Protocol
 
 import httpx
 
-from server.errors import EngineFailedError, EngineMismatchError, EngineUnreachableError, GatewayError, RelayedError
+from server.errors import (
+    EngineFailedError,
+    EngineMismatchError,
+    EngineUnreachableError,
+    GatewayError,
+    OverloadedError,
+    RelayedError,
+)
 from vd_plugin.schedule import RULE_VERSION, Geometry
 
 _PROBE_SECONDS: Final = 3.0
@@ -17,6 +24,9 @@ _ANSWER_TIMEOUT: Final = httpx.Timeout(None, connect=5.0)
 """An answer may take as long as it takes; only a connection must come about soon."""
 
 _LONGEST_MESSAGE: Final = 2000
+
+_RETRY_AFTER_SECONDS: Final = 5.0
+"""For an overloaded engine that does not say itself when to come again; vLLM does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +134,16 @@ class HttpEngineClient:
         return entries
 
     async def is_healthy(self) -> bool:
+        return await self.probe_health() is True
+
+    async def probe_health(self) -> bool | None:
+        """What the engine says of itself; None if it accepts the question and gives no usable answer."""
         try:
             return (await self._get("/health")).status_code == 200
-        except GatewayError:
+        except EngineUnreachableError:
             return False
+        except GatewayError:
+            return None
 
     async def complete(self, call: EngineCall) -> dict[str, Any]:
         """Ask for a whole answer: the engine's response body."""
@@ -228,16 +244,25 @@ def _refusal(response: httpx.Response) -> GatewayError:
         data = json.loads(response.content)
     except ValueError:
         data = None
-    return error_from_engine(response.status_code, data)
+    wait = response.headers.get("Retry-After", "")
+    # Digits alone: the header's other form is a date, which depends on clocks.
+    seconds = float(wait[:9]) if wait.isascii() and wait.isdecimal() else _RETRY_AFTER_SECONDS
+    return error_from_engine(response.status_code, data, seconds)
 
 
-def error_from_engine(status: int, body: object) -> GatewayError:
+def error_from_engine(status: int, body: object, retry_after_seconds: float = _RETRY_AFTER_SECONDS) -> GatewayError:
     """Turn the engine's error object (`{"error": {...}}`, or the inner object alone) into ours.
 
-    401 and 403 are between gateway and engine, not the client's fault.
+    401 and 403 are between gateway and engine, not the client's fault. 503 is vLLM's word for a full queue.
     """
     error = body.get("error", body) if isinstance(body, Mapping) else {}
     error = error if isinstance(error, Mapping) else {}
+    if status == 503:
+        return OverloadedError(
+            "the engine has too much to do; try again later",
+            reason="engine_overloaded",
+            retry_after_seconds=retry_after_seconds,
+        )
     if not 400 <= status < 500 or status in (401, 403):
         return EngineFailedError(f"the engine failed (HTTP status {status})", code="engine_failed")
     param, code = error.get("param"), error.get("type")

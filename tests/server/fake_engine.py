@@ -35,12 +35,30 @@ GEOMETRY = Geometry(
     decoder=DecoderShape(32, 4096, 11008, 32, 32, 128),
 )
 
+_METRICS = """# HELP vllm:generation_tokens_total Number of generation tokens processed.
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{{engine="0",model_name="fake-llava"}} {tokens}.0
+# TYPE vllm:prompt_tokens_total counter
+vllm:prompt_tokens_total{{engine="0",model_name="fake-llava"}} 100.0
+# TYPE vllm:iteration_tokens_total histogram
+vllm:iteration_tokens_total_count{{engine="0",model_name="fake-llava"}} {steps}.0
+vllm:iteration_tokens_total_sum{{engine="0",model_name="fake-llava"}} {tokens}.0
+# TYPE http_requests_total counter
+http_requests_total{{handler="/v1/completions",method="POST",status="2xx"}} 7.0
+"""
+
 
 class FakeEngine:
     """Set its fields to make it misbehave; read `bodies` and `closed` to see what reached it."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.num_canaries = 0
+        self.canary_refusal: tuple[int, Any] | None = None
+        self.num_steps = 0
+        self.steps_while_stalled = False
+        self._getting_on = asyncio.Event()
+        self._getting_on.set()
         self.request_ids: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.refusal: tuple[int, Any] | None = None
@@ -55,6 +73,18 @@ class FakeEngine:
         self.extra_image_tokens = 0
         self.reports_details = True
         self.geometry: dict[str, Any] | None = {"geometry": GEOMETRY.to_dict(), "plugin_version": "0.1.0"}
+
+    @property
+    def is_stalled(self) -> bool:
+        """As when the core is stopped: requests are accepted and wait, /health stays 200, nothing gets on."""
+        return not self._getting_on.is_set()
+
+    @is_stalled.setter
+    def is_stalled(self, value: bool) -> None:
+        if value:
+            self._getting_on.clear()
+        else:
+            self._getting_on.set()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -71,6 +101,15 @@ class FakeEngine:
             await reply.json(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "root": "/secret"}]})
         elif path == "/visiondrop/geometry":
             await reply.json(*((404, {"detail": "Not Found"}) if self.geometry is None else (200, self.geometry)))
+        elif path == "/metrics":
+            self.num_steps += self.steps_while_stalled
+            await reply.text(200, _METRICS.format(steps=self.num_steps, tokens=4 * self.num_steps))
+        elif path == "/tokenize":
+            await _read(receive)
+            tokens = list(range(TEXT_TOKENS))
+            await reply.json(200, {"count": len(tokens), "max_model_len": 4096, "tokens": tokens})
+        elif path == "/v1/completions":
+            await self._complete(json.loads(await _read(receive)), receive, reply)
         else:
             assert path == "/v1/chat/completions"
             self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
@@ -85,6 +124,8 @@ class FakeEngine:
         if self.refusal is not None:
             await reply.json(*self.refusal)
             return
+        if not body.get("stream"):
+            await self._step(receive)
         usage = self._usage(body)
         if not body.get("stream"):
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "".join(WORDS)}}
@@ -92,6 +133,7 @@ class FakeEngine:
             return
         await reply.start(200, "text/event-stream")
         for number, word in enumerate(WORDS):
+            await self._step(receive)
             if self.end_after == number:
                 await reply.end()
                 return
@@ -112,6 +154,34 @@ class FakeEngine:
         await reply.event("[DONE]")
         await reply.end()
 
+    async def _complete(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
+        if body["prompt"] == [1] and body["max_tokens"] == 1:
+            self.num_canaries += 1
+            if self.canary_refusal is not None:
+                await reply.json(*self.canary_refusal)
+                return
+        else:
+            self.bodies.append(body)
+        await self._step(receive)
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        choice = {"index": 0, "finish_reason": "length", "text": WORDS[0]}
+        await reply.json(200, {**_head("text_completion"), "choices": [choice], "usage": usage})
+
+    async def _step(self, receive: Any) -> None:
+        """One step of the model; it does not end while the engine is stalled, unless the gateway goes away."""
+        if self.is_stalled:
+            getting_on, gone = asyncio.ensure_future(self._getting_on.wait()), asyncio.ensure_future(_gone(receive))
+            try:
+                await asyncio.wait((getting_on, gone), return_when=asyncio.FIRST_COMPLETED)
+                if self.is_stalled:
+                    self.closed.set()
+                    raise ConnectionResetError("the gateway went away")
+            finally:
+                getting_on.cancel()
+                gone.cancel()
+                await asyncio.wait((getting_on, gone))
+        self.num_steps += 1
+
     def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
         pictures = list(pictures_of(body))
         budgets = body.get("mm_processor_kwargs", {}).get("visual_token_budget", [])
@@ -131,8 +201,7 @@ class FakeEngine:
 
     async def _hold(self, receive: Any) -> None:
         """Wait as a busy model would, and notice when nobody waits any more."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await _gone(receive)
         self.closed.set()
         raise ConnectionResetError("the gateway went away")
 
@@ -159,12 +228,21 @@ class _Reply:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
+    async def text(self, status: int, value: str) -> None:
+        await self.start(status, "text/plain; version=0.0.4; charset=utf-8")
+        await self._send({"type": "http.response.body", "body": value.encode(), "more_body": False})
+
     async def event(self, value: Any) -> None:
         data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         await self._send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _gone(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _head(kind: str) -> dict[str, Any]:
