@@ -86,6 +86,8 @@ def _damaged() -> Iterator[ImageCase]:
     yield _bad("PNG with a wrong header checksum", data[:29] + bytes([data[29] ^ 1]) + data[30:])
     yield _bad("PNG with a flipped bit in its header", data[:17] + bytes([data[17] ^ 1]) + data[18:])
     yield _bad("PNG with a flipped bit in its pixels", data[:80] + bytes([data[80] ^ 1]) + data[81:])
+    text = png_chunk(b"zTXt", b"Comment\x00\x07no such compression")
+    yield _bad("PNG with a broken text behind its pixels", data[:-12] + text + data[-12:])
     yield _bad("PNG of bit depth 3", png(8, 8, 3, 0, bytes(32)))
     yield _bad("PNG of an unknown colour type", png(8, 8, 8, 5, bytes(80)))
     yield _bad("PNG without pixels", data[:33] + png_chunk(b"IEND"))

@@ -321,6 +321,13 @@ def test_a_jpeg_may_have_as_many_scans_as_real_ones_have() -> None:
         check(jpeg_of_scans(101))
 
 
+def test_the_pixels_of_a_plain_picture_are_not_decoded() -> None:
+    data = encode(photo())
+    start = data.find(b"IDAT")
+    num_bytes = int.from_bytes(data[start - 4 : start], "big")
+    assert check(data[: start - 4] + png_chunk(b"IDAT", bytes(num_bytes)) + data[-12:]).passed_through
+
+
 def _timed(url: str, accepted: bool, times: int = 9) -> float:
     """Median milliseconds."""
     taken = []
