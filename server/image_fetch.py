@@ -20,6 +20,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import cache
 from ipaddress import ip_address
 from typing import Final, NoReturn, TypeAlias
 
@@ -65,7 +66,7 @@ class ImageFetcher:
         self._settings = settings
         self._resolve = resolve or self._look_up
         self._is_allowed = is_allowed
-        self._ssl_context = ssl_context or httpx.create_ssl_context()
+        self._ssl_context = ssl_context or _default_ssl_context()
         self._headers = [
             (b"User-Agent", f"visiondrop/{package_version()}".encode("ascii")),
             (b"Accept", b"image/*"),
@@ -247,6 +248,12 @@ class _PinnedBackend(httpcore.AsyncNetworkBackend):
         # Not left to httpcore, which forgets the socket when it is cancelled during the TLS handshake.
         if self._stream is not None:
             await self._stream.aclose()
+
+
+@cache
+def _default_ssl_context() -> ssl.SSLContext:
+    # Reading all authorities takes some 50 ms.
+    return httpx.create_ssl_context()
 
 
 def _getaddrinfo(host: str, port: int) -> list[str]:

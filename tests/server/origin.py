@@ -63,10 +63,10 @@ class Origin:
             with suppress(ConnectionError, asyncio.IncompleteReadError):
                 await self._serve(reader, writer)
         except asyncio.CancelledError:
-            pass  # by __aexit__; asyncio's own server would report it as a defect
+            writer.transport.abort()  # by __aexit__; asyncio's own server would report the cancellation as a defect
         finally:
             self._tasks.discard(task)
-            writer.transport.abort()
+            writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         first = await reader.read(1)
@@ -113,9 +113,9 @@ def redirect(location: str, status: str = "302 Found") -> bytes:
 
 
 @contextmanager
-def deaf_port(address: str = "127.0.0.1") -> Iterator[int]:
+def deaf_port(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
     """A port where connecting neither succeeds nor fails: its queue is full."""
-    with socket.create_server((address, 0), backlog=0) as listener:
+    with socket.create_server((address, port), backlog=0) as listener:
         port = listener.getsockname()[1]
         fillers = [socket.socket() for _ in range(3)]
         try:
