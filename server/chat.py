@@ -92,6 +92,8 @@ class ChatHandler:
             request_cost(estimate_text_tokens(_texts(chat)), record.schedules),
             tuple(hash(image.url) for image in images),
         )
+        if not await self._engines.is_ready():
+            raise self._engines.refusal()
         resources = resources_of(request)
         record.queue_seconds = await resources.enter_async_context(self._admission.admit(call.cost))
         if chat.stream:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from server import routes
 from server.drain import Drain
 from server.engine_pool import EnginePool
-from server.errors import EngineUnreachableError, OverloadedError, UnknownRouteError
+from server.errors import OverloadedError, UnknownRouteError
 from server.metrics import Metrics
 from server.version import package_version
 
@@ -31,8 +31,7 @@ def probe_routes(engines: EnginePool, drain: Drain) -> APIRouter:
         if drain.is_stopping:
             raise OverloadedError("the server is stopping", reason="stopping", retry_after_seconds=5)
         if not await engines.is_ready():
-            raise EngineUnreachableError("no engine is ready", code="engine_unreachable")
-        await engines.geometry()
+            raise engines.refusal()
         return {"status": "ready"}
 
     return router

@@ -181,7 +181,9 @@ async def test_bodies_in_memory_are_bounded(engine: FakeEngine) -> None:
     engine.hold_before_answer = True
     body = ask(picture())
     size = len(httpx.Request("POST", "http://x", json=body).content)
-    async with gateway(engine, max_buffered_bytes=int(size * 1.5), max_body_bytes=size, max_image_bytes=size // 2) as client:
+    async with gateway(
+        engine, max_buffered_bytes=int(size * 1.5), max_body_bytes=size, max_image_bytes=size // 2
+    ) as client:
         first = asyncio.ensure_future(client.post(CHAT, json=body))
         await asyncio.wait_for(engine.asked.wait(), 5)
         second = await client.post(CHAT, json=body)
