@@ -155,11 +155,11 @@ async def test_unreadable_answers_are_no_progress_and_no_crash(engine: FakeEngin
 @pytest.mark.parametrize("gone", ["refuses connections", "says that it is dead"])
 async def test_engine_that_is_gone_is_down_and_comes_back(engine: FakeEngine, gone: str) -> None:
     wire = Wire(engine)
-    pool = make_pool(FAST, wire)
+    pool = make_pool(Settings(engine_probe_seconds=0.05), wire)
     async with running(pool):
         wire.is_cut = gone == "refuses connections"
         engine.is_up = gone != "says that it is dead"
-        assert await until(lambda: pool.state("0") is EngineState.DOWN) < STALL
+        assert await until(lambda: pool.state("0") is EngineState.DOWN) < 2
         wire.is_cut, engine.is_up = False, True
         await until(lambda: pool.is_up("0"))
 
