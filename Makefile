@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fix lock clean
+.PHONY: help setup demo serve test clients check fix lock clean
 
 PORT ?= 8000
 ARGS ?=
@@ -27,6 +27,9 @@ serve: setup ## Serve the demo checkpoint until Ctrl-C (PORT=8000, ARGS="more op
 test: setup ## Run the tests (ARGS="-m 'not engine' -k schedule" and the like)
 	@$(bin)/python -m pytest $(ARGS)
 
+clients: setup ## Install the clients that tests/clients runs (needs Node.js 20 or newer)
+	@PYTHON=$(bin)/python tests/clients/install.sh
+
 check: setup ## Check formatting, lint and types
 	@$(bin)/ruff format --check .
 	@$(bin)/ruff check .
@@ -40,5 +43,5 @@ lock: ## Pin anew what pyproject.toml allows (then: make test)
 	@deploy/lock.sh
 
 clean: ## Remove .venv, the demo checkpoint and caches
-	@rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .cache tests/clients/js/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from server.errors import (
     GatewayError,
     OverloadedError,
     RelayedError,
+    UnknownModelError,
 )
 from vd_plugin.schedule import RULE_VERSION, Geometry
 
@@ -265,10 +266,13 @@ def error_from_engine(status: int, body: object, retry_after_seconds: float = _R
         )
     if not 400 <= status < 500 or status in (401, 403):
         return EngineFailedError(f"the engine failed (HTTP status {status})", code="engine_failed")
+    message = _without_traceback(str(error.get("message") or f"the engine refused the request (HTTP status {status})"))
+    if status == 404 and error.get("param") == "model":
+        return UnknownModelError(message, param="model", code="model_not_found")
     param, code = error.get("param"), error.get("type")
     return RelayedError(
         status,
-        _without_traceback(str(error.get("message") or f"the engine refused the request (HTTP status {status})")),
+        message,
         param=param if isinstance(param, str) else None,
         code=code if isinstance(code, str) else None,
     )

@@ -7,7 +7,7 @@ silently loses all frames but one), so everything is decided here:
 2. turn away traps, by the file's structure                      (image_structure.py)
 3. read the header: size, kind, colours, orientation, frames     (Pillow)
 4. a plain picture (8-bit grey or RGB, upright, one frame) in a whole file goes on byte for byte, not decoded at all
-5. any other is decoded; what is not plain then is normalised    (image_pixels.py) and sent as PNG
+5. any other is decoded; what is not plain then is normalised    (image_pixels.py) and sent as a bitmap or PNG
 
 Damage inside the compressed pixels of a plain picture, with nothing missing and all checksums right, is found by the
 engine only; it answers 400. Colour profiles are ignored, as the engine ignores them.
@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from server.data_url import DataUrl, check_num_bytes, read_data_url, write_data_url
 from server.errors import GatewayError, InvalidRequestError
-from server.image_pixels import normalise, to_png
+from server.image_pixels import normalise, to_file
 from server.image_structure import BrokenImageError, is_whole
 from server.settings import Settings
 
@@ -99,7 +99,7 @@ def _check(data: bytes, source: DataUrl | None, settings: Settings, param: str) 
             return CheckedImage(picture.height, picture.width, url, len(data), passed_through=True)
         image = normalise(picture, orientation or 1, data[24] if kind == "PNG" else 8)
         height, width = image.height, image.width
-        return CheckedImage(height, width, write_data_url("PNG", to_png(image)), len(data), passed_through=False)
+        return CheckedImage(height, width, write_data_url(*to_file(image)), len(data), passed_through=False)
     except (GatewayError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

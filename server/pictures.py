@@ -71,6 +71,8 @@ class PictureLoader:
             )
             image = await anyio.to_thread.run_sync(check, limiter=self._threads)
             record.image_decode_seconds.append(time.monotonic() - started)
+            if not image.passed_through:
+                lease.add(len(image.url))
             images.append(image)
         return images
 

@@ -244,7 +244,7 @@ async def test_refusals_of_the_engine_keep_status_and_message(
 async def test_unreachable_engine_is_503() -> None:
     app = make_app(Settings(), HttpEngineClient.at("unix:/nowhere/engine.sock"))
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
-        assert_error(await client.post(CHAT, json=ask(picture())), 503, None, "cannot be reached")
+        assert_error(await client.post(CHAT, json=ask(picture())), 503, None, "no engine is ready")
         assert_error(await client.get("/ready"), 503, None)
         assert_error(await client.get("/v1/models"), 503, None)
         assert (await client.get("/health")).status_code == 200
