@@ -22,6 +22,7 @@ from vd_plugin.schedule import PRESETS, resolve
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 800, 600
+API_KEY = "a-key-for-these-laws"
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,9 @@ def laws_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What the laws need to know, as a file that every language can read."""
     plans = {name: resolve(GEOMETRY, HEIGHT, WIDTH, budget) for name, budget in PRESETS.items()}
     assert len({plan.kept for plan in plans.values()}) == len(PRESETS), "the picture would not tell budgets apart"
-    with serve() as gateway:
+    with serve(api_key=API_KEY) as gateway:
         facts = {
+            "api_key": API_KEY,
             "base_url": f"{gateway.url}/v1",
             "engine_socket": str(gateway.engine_socket),
             "model": MODEL,
@@ -55,7 +57,7 @@ def laws_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("client", ["langchain", "litellm"])
 def test_python_client(client: str, client_python: Path, laws_path: Path) -> None:
     folder = HERE / "python"
-    runner = ["-m", "pytest", "-q", "-W", "error::pytest.PytestWarning", "-p", "no:cacheprovider", "-p", "surroundings"]
+    runner = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "surroundings"]
     place = ["-c", os.devnull, "--rootdir", str(folder), str(folder / f"{client}_laws.py")]
     environment = {"PYTHONPATH": str(folder), "LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1"}
     _run([str(client_python), *runner, *place], laws_path, environment)

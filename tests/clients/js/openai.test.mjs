@@ -10,7 +10,8 @@ import OpenAI from "openai";
 
 // Written by test_clients.py: addresses, a picture and its schedules.
 const here = JSON.parse(readFileSync(process.env.CLIENT_LAWS, "utf8"));
-const client = new OpenAI({ apiKey: "none", baseURL: here.base_url, maxRetries: 0 });
+const options = { apiKey: here.api_key, baseURL: here.base_url, maxRetries: 0 };
+const client = new OpenAI(options);
 const model = here.model;
 
 const say = (content) => [{ role: "user", content }];
@@ -136,6 +137,11 @@ test("budget without a picture is a bad request", async () => {
 test("unknown model is not found", async () => {
   const asked = client.chat.completions.create({ model: "gpt-0", messages: say("Hello") });
   await assert.rejects(asked, OpenAI.NotFoundError);
+});
+
+test("wrong key is an authentication error", async () => {
+  const stranger = new OpenAI({ ...options, apiKey: "wrong" });
+  await assert.rejects(stranger.chat.completions.create({ model, messages: say("Hello") }), OpenAI.AuthenticationError);
 });
 
 test("models can be listed", async () => {

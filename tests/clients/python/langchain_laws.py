@@ -15,9 +15,8 @@ from langchain_openai import ChatOpenAI
 
 
 def model(here: SimpleNamespace, **options: Any) -> ChatOpenAI:
-    return ChatOpenAI(
-        base_url=here.base_url, api_key="none", model=options.pop("model", here.model), max_retries=0, **options
-    )
+    defaults = {"base_url": here.base_url, "api_key": here.api_key, "model": here.model, "max_retries": 0}
+    return ChatOpenAI(**(defaults | options))
 
 
 def question(here: SimpleNamespace, **image: Any) -> list[HumanMessage]:
@@ -117,6 +116,11 @@ def test_budget_without_a_picture_is_a_bad_request(here: SimpleNamespace) -> Non
 def test_unknown_model_is_not_found(here: SimpleNamespace) -> None:
     with pytest.raises(openai.NotFoundError, match="gpt-0"):
         model(here, model="gpt-0").invoke("Hello")
+
+
+def test_wrong_key_is_an_authentication_error(here: SimpleNamespace) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        model(here, api_key="wrong").invoke("Hello")
 
 
 def test_leaving_a_stream_frees_the_engine(

@@ -29,7 +29,7 @@ def options(here: SimpleNamespace, messages: list[dict[str, Any]], **more: Any) 
     return {
         "model": f"openai/{more.pop('model', here.model)}",
         "api_base": here.base_url,
-        "api_key": "none",
+        "api_key": here.api_key,
         "max_retries": 0,
         "messages": messages,
         **more,
@@ -124,6 +124,11 @@ def test_budget_without_a_picture_is_a_bad_request(here: SimpleNamespace) -> Non
 def test_unknown_model_is_not_found(here: SimpleNamespace) -> None:
     with pytest.raises(litellm.NotFoundError, match="gpt-0"):
         complete(here, say("Hello"), model="gpt-0")
+
+
+def test_wrong_key_is_an_authentication_error(here: SimpleNamespace) -> None:
+    with pytest.raises(litellm.AuthenticationError):
+        complete(here, say("Hello"), api_key="wrong")
 
 
 def test_leaving_a_stream_frees_the_engine(
