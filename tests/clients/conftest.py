@@ -1,4 +1,7 @@
-"""Other people's clients, installed on demand. Without Node.js or a network their tests are skipped, in CI they fail."""
+"""Other people's clients, installed on demand.
+
+Without Node.js or a network their tests are skipped; in CI they fail.
+"""
 
 from __future__ import annotations
 

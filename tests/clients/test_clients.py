@@ -57,7 +57,7 @@ def laws_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("client", ["langchain", "litellm"])
 def test_python_client(client: str, client_python: Path, laws_path: Path) -> None:
     folder = HERE / "python"
-    runner = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "surroundings"]
+    runner = ["-m", "pytest", "-q", "--tb=short", "--capture=sys", "-p", "no:cacheprovider", "-p", "surroundings"]
     place = ["-c", os.devnull, "--rootdir", str(folder), str(folder / f"{client}_laws.py")]
     environment = {"PYTHONPATH": str(folder), "LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1"}
     _run([str(client_python), *runner, *place], laws_path, environment)

@@ -31,7 +31,7 @@ def _stay_at_home(event: str, arguments: tuple[Any, ...]) -> None:
     except ValueError:
         is_loopback = False
     if not is_loopback:
-        print(f"a client wants to reach {host}", file=sys.stderr, flush=True)
+        print(f"a client wants to reach {host}", file=sys.__stderr__, flush=True)
         os._exit(70)  # an exception could be swallowed
 
 
