@@ -111,7 +111,7 @@ class ApiKeys:
                 found = key
         if found is None:
             raise AuthenticationError(
-                "this server does not know the API key that was sent: check it, or ask the operator for one",
+                "Incorrect API key provided: this server does not know it; check it, or ask the operator for one",
                 code="invalid_api_key",
             )
         return found
