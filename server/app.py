@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server import routes
+from server import openapi, passthrough, routes
 from server.access import AccessMiddleware
 from server.admission import Admission
 from server.api_keys import ApiKeys
@@ -72,6 +72,16 @@ def create_app(settings: Settings, engines: EnginePool, drain: Drain | None = No
     )
     app.post(routes.CHAT)(chat.complete)
     app.post(routes.COUNT)(chat.count)
+
+    @asynccontextmanager
+    async def admit(cost: int) -> AsyncIterator[float]:
+        if not await engines.is_ready():
+            raise engines.refusal()
+        async with admission.admit(cost) as seconds:
+            yield seconds
+
+    passthrough.add_routes(app, engines, intake.read, admit)
+    openapi.add_route(app)
     app.include_router(model_routes(settings, engines))
     app.include_router(probe_routes(engines, drain))
     operations = metric_routes(engines, metrics)

@@ -100,8 +100,7 @@ class ChatHandler:
             source = await self._engines.open_stream(call)
             resources.push_async_callback(source.aclose)
             record.engine_answered = True
-            include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-            events = relay_events(source, record, include_usage)
+            events = relay_events(source, record, chat.include_usage)
             return EventStream(events, source, record, headers=record.headers())
         answer = await self._engines.complete(call)
         record.engine_answered = True
@@ -122,7 +121,7 @@ class ChatHandler:
     async def _plan(self, request: Request, chat: ChatRequest, record: RequestRecord) -> list[CheckedImage]:
         """Take the pictures of a request and resolve their budgets."""
         key = key_of(request)
-        parts = [(param, part.image_url) for param, part in chat.image_parts()]
+        parts = [(param.removesuffix(".url"), part.image_url) for param, part in chat.image_parts()]
         choices = budget.choose_budgets(
             parts,
             chat.visual_token_budget,
@@ -143,11 +142,11 @@ class ChatHandler:
 
 def _check_pruned(chat: ChatRequest, record: RequestRecord) -> None:
     """Log-probabilities of a prompt exist for every token of it, and pruned ones are gone."""
-    wants_prompt = (chat.model_extra or {}).get("prompt_logprobs") is not None
-    if wants_prompt and not all(schedule.is_full for schedule in record.schedules):
+    # vLLM takes `echo` as a wish for them.
+    wish = "prompt_logprobs" if chat.prompt_logprobs is not None else "echo" if chat.echo else None
+    if wish is not None and not all(schedule.is_full for schedule in record.schedules):
         raise InvalidRequestError(
-            "prompt_logprobs are not available for pruned images: set visual_token_budget to 'full'",
-            param="prompt_logprobs",
+            f"{wish} is not available for pruned images: set visual_token_budget to 'full'", param=wish
         )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from server.budget import effective_budget
-from server.errors import InvalidRequestError
 from server.images import CheckedImage
+from server.request_body import dump_json
 from server.schemas import ChatRequest, ImagePart, Message
 from vd_plugin.schedule import Schedule
 
@@ -21,20 +20,14 @@ def build_engine_body(request: ChatRequest, images: Sequence[CheckedImage], sche
     Raises:
         InvalidRequestError: a number that passes through is infinite.
     """
-    payload = request.model_dump(exclude_unset=True, exclude={"messages", "visual_token_budget"})
+    payload = {name: value for name, value in request.sent.items() if name not in ("messages", "visual_token_budget")}
     checked = iter(images)
     payload["messages"] = [_engine_message(message, checked) for message in request.messages]
     if schedules:
         payload["mm_processor_kwargs"] = {"visual_token_budget": [effective_budget(item) for item in schedules]}
     if request.stream:
-        # Our own figures need the usage chunk; the relay takes it out again if the client did not ask for it.
-        options = payload.get("stream_options") or {}
-        continuous = bool(options.get("include_usage") and options.get("continuous_usage_stats"))
-        payload["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": continuous}
-    try:
-        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except ValueError:
-        raise InvalidRequestError("the request has a number that is too large") from None
+        payload["stream_options"] = {**payload.get("stream_options", {}), **request.engine_stream_options()}
+    return dump_json(payload)
 
 
 def _engine_message(message: Message, images: Iterator[CheckedImage]) -> dict[str, Any]:

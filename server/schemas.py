@@ -1,51 +1,24 @@
-"""The request on the wire: OpenAI's chat completion, our field, and what is refused before the engine could see it.
+"""A chat completion request: OpenAI's fields, vLLM's, and ours.
 
-What the gateway acts on is typed; other fields of OpenAI's and vLLM's API pass through to the engine, except those that
-reach into its insides.
+Every field is honoured or refused (engine_fields.py); the values go to the engine as they came.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-import pydantic_core
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StrictBool,
-    StrictStr,
-    Tag,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag
 
-from server.errors import InvalidRequestError, from_validation
-from vd_plugin.schedule import Budget, parse_budget
-
-ENGINE_FIELDS: Final = frozenset(
-    {
-        "cache_salt",
-        "chat_template",
-        "chat_template_kwargs",
-        "ec_transfer_params",
-        "kv_transfer_params",
-        "media_io_kwargs",
-        "mm_payload",
-        "mm_processor_kwargs",
-        "priority",
-        "request_id",
-        "return_mm_kwargs",
-        "session_id",
-        "vllm_xargs",
-    }
-)
-"""Fields of vLLM 0.32's request (`chat_completion/protocol.py`) that configure the engine rather than the answer."""
+from server.budget_field import BudgetField
+from server.generation_fields import INT32_MAX, Count, GenerationBody
+from server.picture_marker import refuse_markers
+from server.request_body import parse_body
 
 
 class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     type: Literal["text"]
     text: StrictStr
 
@@ -53,21 +26,21 @@ class TextPart(BaseModel):
 class RefusalPart(BaseModel):
     """An assistant's earlier refusal, sent back as history."""
 
+    model_config = ConfigDict(extra="forbid")
+
     type: Literal["refusal"]
     refusal: StrictStr
 
 
 class ImageUrl(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     url: StrictStr
+    """A data URL (data:image/png;base64,...) or, where the server fetches pictures, an https: URL."""
     detail: Literal["auto", "low", "high", "original", "full"] | None = None
-    visual_token_budget: Budget | None = None
-
-    @field_validator("visual_token_budget", mode="before")
-    @classmethod
-    def _parse_budget(cls, value: object) -> Budget | None:
-        return None if value is None else parse_budget(value)
+    """OpenAI's word for how closely to look; `visual_token_budget` goes before it."""
+    visual_token_budget: BudgetField | None = None
+    """For this picture alone."""
 
 
 class ImagePart(BaseModel):
@@ -116,30 +89,75 @@ class Message(BaseModel):
 
     role: StrictStr
     content: Content | None = None
+    name: StrictStr | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: StrictStr | None = None
+    reasoning: StrictStr | None = None
 
 
-class StreamOptions(BaseModel):
+class FunctionDefinition(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    include_usage: StrictBool | None = None
-    continuous_usage_stats: StrictBool | None = None
+    name: StrictStr
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
-class ChatRequest(BaseModel):
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"] = "function"
+    function: FunctionDefinition
+
+
+class NamedFunction(BaseModel):
+    name: StrictStr
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+def _tool_choice_tag(value: Any) -> str | None:
+    return "<word>" if value in ("none", "auto", "required") else "<named>" if isinstance(value, dict) else None
+
+
+ToolChoice: TypeAlias = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[NamedTool, Tag("<named>")],
+    Discriminator(
+        _tool_choice_tag,
+        custom_error_type="tool_choice",
+        custom_error_message="must be 'none', 'auto', 'required' or a named function",
+    ),
+]
+
+
+class ChatFields(GenerationBody):
+    """What a chat request may hold beside its messages."""
+
+    logprobs: bool | None = None
+    max_completion_tokens: Count | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    tool_choice: ToolChoice | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=1024)] | None = None
+    top_logprobs: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, StrictStr]] | None = None
+    include_reasoning: bool | None = None
+    return_prompt_text: bool | None = None
+
+
+class ChatRequest(ChatFields):
     """A chat completion request; see `parse_chat_request`."""
 
-    model_config = ConfigDict(extra="allow")
-
-    model: StrictStr | None = None
     messages: Annotated[list[Message], Field(min_length=1)]
-    stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
-    visual_token_budget: Budget | None = None
-
-    @field_validator("visual_token_budget", mode="before")
-    @classmethod
-    def _parse_budget(cls, value: object) -> Budget | None:
-        return None if value is None else parse_budget(value)
+    visual_token_budget: BudgetField | None = None
+    """For every picture that has none of its own."""
 
     def image_parts(self) -> Iterator[tuple[str, ImagePart]]:
         """Every picture in order of appearance, with the path of its URL in the request."""
@@ -147,7 +165,7 @@ class ChatRequest(BaseModel):
             if isinstance(message.content, list):
                 for place, part in enumerate(message.content):
                     if isinstance(part, ImagePart):
-                        yield f"messages[{turn}].content[{place}].image_url", part
+                        yield f"messages[{turn}].content[{place}].image_url.url", part
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:
@@ -156,17 +174,8 @@ def parse_chat_request(body: bytes) -> ChatRequest:
     Raises:
         InvalidRequestError: not JSON, a field of the wrong shape, or one that clients may not set.
     """
-    try:
-        data = pydantic_core.from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidRequestError(f"the request body is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InvalidRequestError("the request body must be a JSON object")
-    for name in sorted(ENGINE_FIELDS & data.keys()):
-        # A client library that spells out its defaults sends null; that asks for nothing.
-        if data.pop(name) is not None:
-            raise InvalidRequestError(f"{name!r} cannot be set by a request to this server", param=name)
-    try:
-        return ChatRequest.model_validate(data)
-    except ValidationError as error:
-        raise from_validation(error) from None
+    request = parse_body(ChatRequest, body)
+    if any(True for _ in request.image_parts()):
+        for name in ("messages", "tools", "documents"):
+            refuse_markers(request.sent.get(name), name)
+    return request

@@ -1,0 +1,103 @@
+"""Fields that no request to this gateway may have, and a sentence for each kind.
+
+vLLM ignores fields that it does not know and obeys some that configure the engine rather than the answer. Here every
+field is honoured or refused, never ignored. The names are those of vLLM 0.32 (`openai/chat_completion/protocol.py`,
+`openai/completion/protocol.py`, `openai/responses/protocol.py`); a test compares them with the installed release.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Final
+
+ENGINE_FIELDS: Final = frozenset(
+    {
+        "cache_salt",
+        "chat_template",
+        "chat_template_kwargs",
+        "ec_transfer_params",
+        "kv_transfer_params",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
+        "priority",
+        "prompt_embeds",
+        "request_id",
+        "routed_experts_prompt_start",
+        "session_id",
+        "vllm_xargs",
+    }
+)
+"""They configure the engine rather than the answer."""
+
+IDLE_FIELDS: Final = frozenset({"mm_payload", "return_mm_kwargs", "return_token_offsets", "suffix"})
+"""vLLM declares them, but does nothing about them where text is generated (`suffix`: refuses it)."""
+
+_FOREIGN_BUDGETS: Final = frozenset(
+    {
+        "detail",
+        "dynamic_hd",
+        "fps",
+        "hd_num",
+        "image_detail",
+        "image_quality",
+        "image_seq_length",
+        "image_token_budget",
+        "image_tokens",
+        "max_dynamic_patch",
+        "max_image_size",
+        "max_image_tokens",
+        "max_image_tiles",
+        "max_num_tiles",
+        "max_pixels",
+        "max_slice_nums",
+        "max_soft_tokens",
+        "min_dynamic_patch",
+        "min_image_tokens",
+        "min_pixels",
+        "num_crops",
+        "num_image_tokens",
+        "pruning_rate",
+        "resized_height",
+        "resized_width",
+        "retention_ratio",
+        "total_pixels",
+        "visual_token_schedule",
+        "visual_tokens",
+        "vision_token_budget",
+    }
+)
+"""By these names other servers and models are told how closely to look at a picture."""
+
+
+def refusal(name: str, known: Collection[str]) -> str:
+    """Why there is no top-level field `name`, in one sentence. `known` are the fields that there are."""
+    if name in ENGINE_FIELDS:
+        return f"{name!r} cannot be set by a request to this server"
+    if name in IDLE_FIELDS:
+        return f"{name!r} has no effect on this route; leave it out"
+    if name in _FOREIGN_BUDGETS:
+        if "visual_token_budget" in known:
+            return f"unknown field {name!r}: use 'visual_token_budget' to choose how closely pictures are looked at"
+        return f"unknown field {name!r}: there are no pictures on this route"
+    if name == "visual_token_budget":
+        return "'visual_token_budget' needs a picture, and there are none on this route"
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def part_refusal(name: str, *, inside: str) -> str:
+    """Why a content part (or the `image_url` in it) has no field `name`.
+
+    Args:
+        inside: "image_url" for the object of that name, else what holds the field.
+    """
+    if name == "uuid":
+        return "'uuid' is not permitted: a request cannot name entries of the engine's caches"
+    if name.endswith("_embeds"):
+        return f"{name!r} is not permitted: embeddings are not served"
+    if inside != "image_url" and name in ("detail", "visual_token_budget"):
+        return f"{name!r} is not permitted here: it belongs inside 'image_url'"
+    if name in _FOREIGN_BUDGETS:
+        return f"{name!r} is not permitted: use 'visual_token_budget' inside 'image_url'"
+    return f"{name!r} is not permitted in a content part"

@@ -1,0 +1,105 @@
+"""Bytes -> a typed request. Every route that takes JSON begins here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+
+from server.engine_fields import part_refusal, refusal
+from server.errors import GatewayError, InvalidRequestError, from_validation
+
+
+class RequestBody(BaseModel):
+    """A request's fields. Types are vLLM's, so that nothing is refused which the engine takes.
+
+    Validation turns 1 into 1.0 where a field is a float; the engine gets what was sent (`sent`).
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def sent(self) -> Mapping[str, Any]:
+        """The top-level fields as they came; without those that were null, which asks for nothing."""
+        return self._sent
+
+
+Body = TypeVar("Body", bound=RequestBody)
+
+
+def parse_body(model: type[Body], body: bytes) -> Body:
+    """Read a request body.
+
+    Raises:
+        InvalidRequestError: not JSON, an unknown field, or one of the wrong shape.
+    """
+    data = read_object(body)
+    for name in data:
+        if name not in model.model_fields:
+            raise InvalidRequestError(refusal(name, model.model_fields), param=name)
+    try:
+        request = model.model_validate(data)
+    except ValidationError as error:
+        raise explain(error) from None
+    request._sent = data
+    return request
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body, without fields that are null.
+
+    Raises:
+        InvalidRequestError: it is something else.
+    """
+    try:
+        data = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequestError(f"the request body is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequestError("the request body must be a JSON object")
+    # A client library that spells out its defaults sends null.
+    return {name: value for name, value in data.items() if value is not None}
+
+
+def explain(error: ValidationError) -> GatewayError:
+    """The first complaint of pydantic as a sentence, better than its own for fields that do not exist."""
+    general = from_validation(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["loc"][-1:] == ("[key]",):
+        name = str(first["loc"][0])
+        return InvalidRequestError(f"{name}: {first['loc'][-2]!r} is no token id", param=name)
+    if first["type"] != "extra_forbidden":
+        return general
+    *above, name = first["loc"]
+    inside = str(above[-1]) if above else ""
+    if "content" in above:
+        return InvalidRequestError(part_refusal(str(name), inside=inside), param=general.param)
+    return InvalidRequestError(f"unknown field {name!r} in {inside!r}", param=general.param)
+
+
+def dump_json(payload: Mapping[str, Any]) -> bytes:
+    """JSON for the engine.
+
+    Raises:
+        InvalidRequestError: a number is infinite, or has thousands of digits.
+    """
+    try:
+        data = pydantic_core.to_json(payload, inf_nan_mode="constants")
+        if b"Infinity" in data:
+            json.dumps(payload, allow_nan=False)  # a word in a text, or a number?
+    except ValueError:
+        raise InvalidRequestError("the request has a number that is too large") from None
+    return data
+
+
+def text_tokens(texts: Sequence[str]) -> int:
+    """About how many tokens some texts will be; only the engine has the tokenizer."""
+    return sum(len(text) for text in texts) // _CHARACTERS_PER_TOKEN + len(texts)
+
+
+_CHARACTERS_PER_TOKEN = 4

@@ -1,0 +1,207 @@
+"""Text completions and tokens: checked, passed through, with usage in our shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from asgi_transport import AsgiTransport
+from fake_engine import MODEL, sse_data
+from gateway import make_app
+from metric_text import metrics_of
+from pictures import picture
+from starlette.requests import Request
+from text_engine import TextEngine
+
+from server.engine_client import HttpEngineClient
+from server.passthrough import CompletionHandler
+from server.record import RequestRecord
+from server.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+ROUTE = "/v1/completions"
+NO_PICTURES = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
+
+
+@pytest.fixture
+def engine() -> TextEngine:
+    return TextEngine()
+
+
+def assert_refused(response: httpx.Response, param: str | None, *words: str) -> None:
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param, error
+    for word in words:
+        assert word in error["message"]
+
+
+async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClient, engine: TextEngine) -> None:
+    body = {"model": MODEL, "prompt": ["a", "b"], "n": 2, "temperature": 1, "logit_bias": {"5": 1}, "stop": "x"}
+    response = await client.post(ROUTE, json={**body, "seed": None, "priority": None})
+
+    assert response.status_code == 200, response.text
+    assert engine.calls == [(ROUTE, body)]
+    assert json.dumps(engine.calls[0][1]["temperature"]) == "1"
+    usage = response.json()["usage"]
+    assert usage["visual_tokens"] == NO_PICTURES
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": 0, "text_tokens": 4}
+    assert response.headers["x-visual-tokens-full"] == "0"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_stream_ends_with_usage_if_asked(client: httpx.AsyncClient, engine: TextEngine, asked: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if asked else {}
+    async with client.stream("POST", ROUTE, json={"prompt": "a", "stream": True, **options}) as response:
+        *events, done = await sse_data(response.aiter_bytes())
+    assert done == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == "a b"
+    assert [chunk["usage"]["visual_tokens"] for chunk in chunks if "usage" in chunk] == [NO_PICTURES] * asked
+    assert engine.calls[0][1]["stream_options"]["include_usage"] is True
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"], [1, 2], [[1], [2, 3]]])
+async def test_prompts_have_four_forms(client: httpx.AsyncClient, engine: TextEngine, prompt: Any) -> None:
+    assert (await client.post(ROUTE, json={"prompt": prompt})).status_code == 200
+    assert engine.calls[0][1] == {"prompt": prompt}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({}, "prompt", "required"),
+        ({"prompt": ""}, "prompt", "at least 1"),
+        ({"prompt": []}, "prompt", "list of token ids"),
+        ({"prompt": {"a": 1}}, "prompt", "list of token ids"),
+        ({"prompt": [1, "a"]}, "prompt[1]", "integer"),
+        ({"prompt": [-1]}, "prompt[0]", "greater"),
+        ({"prompt": [[1], []]}, "prompt[1]", "at least 1"),
+        ({"prompt": ["a"] * 9, "n": 128}, "n", "at most 1024"),
+        ({"prompt": "a", "n": 129}, "n", "128"),
+        ({"prompt": "a", "visual_token_budget": "low"}, "visual_token_budget", "picture"),
+        ({"prompt": "a", "min_pixels": 3}, "min_pixels", "no pictures"),
+        ({"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds", "cannot be set"),
+        ({"prompt": "a", "suffix": "b"}, "suffix", "no effect"),
+        ({"prompt": "a", "best_of": 2}, "best_of", "unknown field"),
+        ({"prompt": "a", "logprobs": True, "temprature": 1}, "temprature", "'temperature'"),
+        ({"prompt": "a", "top_k": 2**31}, "top_k", "less than"),
+        ({"prompt": "a", "length_penalty": 100}, "length_penalty", "less than"),
+    ],
+)
+async def test_bad_requests_get_a_sentence(
+    client: httpx.AsyncClient, engine: TextEngine, fields: dict[str, Any], param: str, words: str
+) -> None:
+    assert_refused(await client.post(ROUTE, json=fields), param, words)
+    assert not engine.calls
+
+
+async def test_refusals_of_the_engine_are_passed_on(client: httpx.AsyncClient, engine: TextEngine) -> None:
+    engine.refusal = (400, {"error": {"message": "out of vocabulary", "type": "x", "param": None, "code": 400}})
+    for stream in (True, False):
+        assert_refused(await client.post(ROUTE, json={"prompt": [9], "stream": stream}), None, "vocabulary")
+    engine.refusal = (500, {"error": {"message": "CUDA"}})
+    assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 502
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_frees_the_engine(
+    client: httpx.AsyncClient, engine: TextEngine, stream: bool
+) -> None:
+    engine.hold_before_answer = True
+    task = asyncio.ensure_future(client.post(ROUTE, json={"prompt": "a", "stream": stream}))
+    await asyncio.wait_for(engine.asked.wait(), timeout=5)
+    task.cancel()
+    await asyncio.wait_for(engine.closed.wait(), timeout=2)
+
+
+async def test_admission_lasts_until_the_last_byte(engine: TextEngine) -> None:
+    """A request leaves with its stream, or at once where the engine refuses it; its cost is that of its prompts."""
+    inflight: list[int] = []
+
+    @asynccontextmanager
+    async def admit(cost: int) -> AsyncIterator[None]:
+        inflight.append(cost)
+        try:
+            yield
+        finally:
+            inflight.remove(cost)
+
+    async def read_body(_: Request) -> bytes:
+        return body
+
+    async def never() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    client = HttpEngineClient(AsgiTransport(engine))
+    handler = CompletionHandler(client, read_body, admit)
+    sent: list[dict[str, Any]] = []
+    seen: list[list[int]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        seen.append(list(inflight))
+
+    scope = {"type": "http", "method": "POST", "path": ROUTE, "headers": []}
+    body = b'{"prompt": [[1, 2], [3]], "stream": true}'
+    response = await handler.handle(Request(scope, never), RequestRecord("r", ROUTE))
+    assert inflight == [3]
+    await response(scope, never, send)
+    assert seen == [[3]] * len(sent)
+    assert not inflight
+    engine.refusal = (400, {})
+    with pytest.raises(Exception, match="refused"):
+        await handler.handle(Request(scope, never), RequestRecord("r", ROUTE))
+    assert not inflight
+    await client.aclose()
+
+
+async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engine: TextEngine) -> None:
+    answer = (await client.post("/tokenize", json={"prompt": "one two", "return_token_strs": True})).json()
+    assert answer == {"count": 2, "max_model_len": 99, "tokens": [0, 1], "token_strs": ["one", "two"]}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert (await client.post("/tokenize", json={"messages": messages})).status_code == 200
+    assert engine.calls[-1] == ("/tokenize", {"messages": messages})
+    assert (await client.post("/detokenize", json={"tokens": [1, 2]})).json() == {"prompt": "word word "}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "words"),
+    [
+        ("/tokenize", {}, "prompt", "either"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt", "either"),
+        ("/tokenize", {"prompt": "a", "tools": []}, "tools", "messages"),
+        ("/tokenize", {"prompt": "a", "chat_template": "b"}, "chat_template", "cannot be set"),
+        ("/tokenize", {"prompt": "a", "mm_processor_kwargs": {}}, "mm_processor_kwargs", "cannot be set"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture()}}]}]},
+            "messages[0].content[0]",
+            "/v1/visual_tokens/count",
+        ),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]", "greater"),
+        ("/detokenize", {"tokens": "a"}, "tokens", "list"),
+        ("/detokenize", {"tokens": [1], "x": 1}, "x", "unknown field"),
+    ],
+)
+async def test_bad_token_requests_get_a_sentence(
+    client: httpx.AsyncClient, engine: TextEngine, path: str, fields: dict[str, Any], param: str, words: str
+) -> None:
+    assert_refused(await client.post(path, json=fields), param, words)
+    assert not engine.calls
+
+
+async def test_bodies_have_a_limit(engine: TextEngine) -> None:
+    app = make_app(Settings(max_body_bytes=1000), engine)
+    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
+        for path in (ROUTE, "/tokenize", "/detokenize"):
+            assert (await client.post(path, content=b" " * 1001)).status_code == 413
+        assert "visiondrop_requests_total" in await metrics_of(client)

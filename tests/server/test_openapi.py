@@ -1,0 +1,198 @@
+"""The OpenAPI document is complete, and true of what the server does."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+import schemathesis
+import uvicorn
+from fastapi.routing import APIRoute
+from gateway import make_app
+from hypothesis import HealthCheck, Phase, given, settings
+from pictures import ask, picture
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.failures import Failure
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+from text_engine import TextEngine
+
+from server import openapi
+from server.settings import Settings
+
+EXAMPLES = 20
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    response_headers_conformance,
+    unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    return make_app(Settings(), TextEngine())
+
+
+@pytest.fixture(scope="module")
+def document(app: Any) -> dict[str, Any]:
+    return openapi.document(app)
+
+
+@pytest.fixture(scope="module")
+def url(app: Any) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        yield f"http://127.0.0.1:{port}"
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+def resolve(document: dict[str, Any], node: Any) -> Any:
+    """Follow a $ref."""
+    while isinstance(node, dict) and "$ref" in node:
+        target: Any = document
+        for step in node["$ref"].removeprefix("#/").split("/"):
+            target = target[step]
+        node = target
+    return node
+
+
+def validator(document: dict[str, Any], schema: Any) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator({**schema, "components": document["components"]})
+
+
+def test_every_route_is_in_the_document_and_every_entry_is_a_route(app: Any, document: dict[str, Any]) -> None:
+    routes = {
+        (method.lower(), openapi._template(route.path))
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    entries = {(method, path) for path, item in document["paths"].items() for method in item}
+    assert entries == routes
+    assert len(routes) == len([route for route in app.routes if getattr(route, "methods", None)])
+
+
+def test_a_route_without_an_entry_is_an_error() -> None:
+    app = make_app(Settings(), TextEngine())
+
+    @app.get("/v1/surprise")
+    async def surprise() -> None: ...
+
+    with pytest.raises(KeyError, match="surprise"):
+        openapi.document(app)
+
+
+def test_the_document_is_served_and_sound(url: str, document: dict[str, Any]) -> None:
+    served = httpx.get(f"{url}/openapi.json")
+    assert served.json() == document
+    schemas = document["components"]["schemas"]
+    for schema in schemas.values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+            for item in node.values():
+                yield from references(item)
+        elif isinstance(node, list):
+            for item in node:
+                yield from references(item)
+
+    for reference in set(references(document)):
+        resolve(document, {"$ref": reference})
+    names = [operation["operationId"] for item in document["paths"].values() for operation in item.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_examples_are_valid_and_served(url: str, document: dict[str, Any]) -> None:
+    for path, item in document["paths"].items():
+        if body := item.get("post", {}).get("requestBody"):
+            content = body["content"]["application/json"]
+            validator(document, content["schema"]).validate(content["example"])
+            response = httpx.post(url + path, json=content["example"])
+            assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("budget", "accepted"), [(32, True), ("low", True), ("full", True), (31, False), ("lots", False), (1.5, False)]
+)
+def test_the_document_and_the_server_agree_on_budgets(
+    url: str, document: dict[str, Any], budget: Any, accepted: bool
+) -> None:
+    check = validator(document, {"$ref": "#/components/schemas/ChatRequest"})
+    in_picture = ask(picture())
+    in_picture["messages"][0]["content"][0]["image_url"]["visual_token_budget"] = budget
+    for body in (ask(picture(), visual_token_budget=budget), in_picture):
+        assert check.is_valid(body) == accepted
+        assert (httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200) == accepted
+
+
+def test_unknown_fields_are_not_in_the_document(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "ImageUrl", "ImagePart"):
+        assert schemas[name]["additionalProperties"] is False
+
+
+def test_every_kind_of_error_has_the_documented_shape(url: str, document: dict[str, Any]) -> None:
+    check = validator(document, {"$ref": "#/components/schemas/ErrorBody"})
+    for response in (
+        httpx.post(f"{url}/v1/chat/completions", content=b"{"),
+        httpx.get(f"{url}/v1/chat/completions"),
+        httpx.get(f"{url}/v1/nothing"),
+    ):
+        check.validate(response.json())
+
+
+def test_no_request_of_the_documents_makes_the_server_fail(url: str) -> None:
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    bounded = settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    failures: list[str] = []
+    asked: dict[str, list[int]] = {}
+
+    def try_out(operation: Any) -> None:
+        @bounded
+        @given(case=operation.as_strategy())
+        def run(case: Any) -> None:
+            response = case.call()
+            asked.setdefault(operation.label, []).append(response.status_code)
+            try:
+                case.validate_response(response, checks=CHECKS)
+            except Failure as failure:
+                failures.append(f"{operation.label}: {failure}")
+            except BaseExceptionGroup as group:
+                failures.append(f"{operation.label}: {group.exceptions}")
+
+        run()
+
+    for result in schema.get_all_operations():
+        try_out(result.ok())
+    print({label: {status: codes.count(status) for status in set(codes)} for label, codes in asked.items()})
+    assert not failures, "\n\n".join(failures[:5])
+    assert len(asked) == sum(len(item) for item in httpx.get(f"{url}/openapi.json").json()["paths"].values())
