@@ -43,7 +43,7 @@ _CHAT_EXAMPLE: Final[dict[str, Any]] = {
 _PROBLEMS: Final = {
     400: "The request is at fault; `param` names the field.",
     401: "No API key, or one that is not known.",
-    404: "There is no such model.",
+    404: "There is no such model, or engine.",
     405: "This path does not answer that method.",
     408: "The request did not arrive in time.",
     413: "The body, or a picture in it, is too large.",
@@ -117,6 +117,9 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("get", "/health"): Operation("Whether the server lives", answers.Health, _OPEN, needs_key=False),
     ("get", "/ready"): Operation("Whether the engine makes progress", answers.Ready, (*_LOOKING,)),
     ("get", "/metrics"): Operation("Metrics in Prometheus's text format", None, _LOOKING),
+    ("get", "/metrics/engine/{engine}"): Operation(
+        "An engine's own metrics in Prometheus's text format", None, (*_LOOKING, 404), parameter="engine"
+    ),
     ("get", ROUTE): Operation("This document", answers.Document, (401, 405, 429, 500)),
 }
 
@@ -186,6 +189,10 @@ _HEADERS: Final[dict[str, Any]] = {
     },
     "WWW-Authenticate": {"schema": {"type": "string", "enum": ["Bearer"]}},
     "Allow": {"description": "The methods that there are.", "schema": {"type": "string"}},
+    "X-Visual-Token-Budget": {
+        "description": "The budget that was applied to each picture, in order; absent without pictures.",
+        "schema": {"type": "string", "examples": ["320, full"]},
+    },
     "X-Visual-Tokens-Full": {
         "description": "Visual tokens of the stock model.",
         "schema": {"type": "integer", "minimum": 0},
@@ -196,6 +203,9 @@ _HEADERS: Final[dict[str, Any]] = {
     },
     "X-Visual-Tokens-Saved": {"description": "Full - Kept.", "schema": {"type": "integer", "minimum": 0}},
 }
+
+
+_FIGURES: Final = ("X-Visual-Token-Budget", "X-Visual-Tokens-Full", "X-Visual-Tokens-Kept", "X-Visual-Tokens-Saved")
 
 
 def _headers(*names: str) -> dict[str, Any]:
@@ -231,7 +241,7 @@ def _operation(
 
 
 def _success(entry: Operation, reference: Mapping[type[BaseModel], dict[str, Any]]) -> dict[str, Any]:
-    figures = ("X-Visual-Tokens-Full", "X-Visual-Tokens-Kept", "X-Visual-Tokens-Saved") if entry.counts_tokens else ()
+    figures = _FIGURES if entry.counts_tokens else ()
     if entry.answer is None:
         content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     else:
