@@ -16,7 +16,7 @@ from fake_engine import FakeEngine
 from gateway import make_app
 from pictures import ask
 
-from server.connection_guard import MAX_HEADER_BYTES, ConnectionLimits
+from server.connection_guard import ConnectionLimits
 from server.http_server import HttpServer, allowed_connections
 from server.listener import Address, bound_socket
 from server.settings import Settings
@@ -31,7 +31,7 @@ POST = b"POST /echo HTTP/1.1\r\nHost: x\r\n"
 
 
 class App:
-    """Echoes bodies, streams without end at /endless, holds its answer back at /hold; notes who went away."""
+    """Echoes bodies; streams without end at /endless, holds its answer back at /hold, reads nothing at /early."""
 
     def __init__(self) -> None:
         self.disconnected = asyncio.Event()
@@ -40,7 +40,7 @@ class App:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         self.num_calls += 1
         path, body = scope["path"], b""
-        while True:
+        while path != "/early":
             message = await receive()
             if message["type"] == "http.disconnect":
                 self.disconnected.set()
@@ -153,6 +153,15 @@ async def test_headers_that_drip_get_no_more_time(app: App) -> None:
         assert answer.result()[0] == 408
 
 
+async def test_first_headers_have_their_time_from_the_connection_on(app: App) -> None:
+    async with serve(app) as server, connect(server) as (reader, writer):
+        began = time.monotonic()
+        await asyncio.sleep(SECONDS * 0.8)
+        writer.write(GET[:-2])
+        await assert_refused(reader, 408, "request_timeout")
+        assert time.monotonic() - began < SECONDS * 1.6
+
+
 async def test_silent_connection_is_closed_without_a_word(app: App) -> None:
     async with serve(app) as server, connect(server) as (reader, _):
         assert await asyncio.wait_for(reader.read(), SECONDS + 0.5) == b""
@@ -179,6 +188,17 @@ async def test_body_has_its_own_time(app: App) -> None:
     async with serve(app) as server, connect(server, POST) as (reader, writer):
         await asyncio.sleep(SECONDS * 0.7)
         writer.write(b"Content-Length: 3\r\n\r\n")
+        await asyncio.sleep(SECONDS * 0.7)
+        writer.write(b"abc")
+        assert (await read_answer(reader))[2] == b"abc"
+
+
+async def test_late_rest_of_one_body_takes_no_time_from_the_next(app: App) -> None:
+    early = b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"
+    async with serve(app) as server, connect(server, early) as (reader, writer):
+        assert (await read_answer(reader))[2] == b"ok"
+        await asyncio.sleep(SECONDS * 0.7)
+        writer.write(b"123" + POST + b"Content-Length: 3\r\n\r\n")
         await asyncio.sleep(SECONDS * 0.7)
         writer.write(b"abc")
         assert (await read_answer(reader))[2] == b"abc"
@@ -222,15 +242,27 @@ async def test_client_that_reads_nothing_is_cut_off(app: App) -> None:
         assert SECONDS * 0.7 < time.monotonic() - began < SECONDS * 2 + 0.5
 
 
-async def test_client_that_reads_slowly_but_steadily_is_served(app: App) -> None:
-    async with serve(app) as server:
-        async with connect(server, b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n") as (reader, _):
-            for _ in range(12):
-                await asyncio.sleep(SECONDS / 4)
-                for _ in range(8):
-                    await reader.read(8192)
-            assert not app.disconnected.is_set()
-        await asyncio.wait_for(app.disconnected.wait(), 1)
+async def test_client_that_takes_its_answer_slowly_but_steadily_gets_all_of_it(app: App) -> None:
+    body = b"x" * 150_000
+    began = time.monotonic()
+    async with (
+        serve(app) as server,
+        connect(server, POST + b"Content-Length: %d\r\n\r\n" % len(body)) as (reader, writer),
+    ):
+        writer.write(body)
+        num_read = 0
+        while num_read < len(body):
+            await asyncio.sleep(SECONDS / 12)
+            num_read += len(await reader.readexactly(min(4096, len(body) - num_read)))
+        assert time.monotonic() - began > SECONDS * 2
+
+
+async def test_rest_of_an_answer_that_nobody_takes_does_not_keep_the_connection(app: App) -> None:
+    body = b"x" * 50_000
+    request = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    async with serve(app) as server, connect(server, request):
+        await until(lambda: app.num_calls == 1)
+        await asyncio.wait_for(until(lambda: not server.server_state.connections), SECONDS * 2 + 0.5)
 
 
 async def test_client_that_reads_nothing_makes_the_engine_abort(anyio_backend: str) -> None:
@@ -253,9 +285,9 @@ async def test_client_that_reads_nothing_makes_the_engine_abort(anyio_backend: s
         await asyncio.wait_for(engine.closed.wait(), 4)
 
 
-@pytest.mark.parametrize("is_whole", [True, False])
-async def test_large_headers_get_431(app: App, is_whole: bool) -> None:
-    headers = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 1000) for number in range(MAX_HEADER_BYTES // 1000 + 4))
+@pytest.mark.parametrize(("num_bytes", "is_whole"), [(70_000, True), (70_000, False), (2_000_000, False)])
+async def test_large_headers_get_431(app: App, num_bytes: int, is_whole: bool) -> None:
+    headers = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 1000) for number in range(num_bytes // 1000))
     async with serve(app) as server, connect(server, GET[:-2] + headers + b"\r\n" * is_whole) as (reader, _):
         await assert_refused(reader, 431, "headers_too_large")
         assert app.num_calls == 0
