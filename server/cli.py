@@ -12,8 +12,9 @@ from typing import Any, Final, NoReturn
 
 from pydantic import ValidationError
 
+from server.listener import Address, StartError
 from server.recording import REQUEST_LOG
-from server.serve import Address, StartError, run_gateway, run_serve
+from server.serve import run_gateway, run_serve
 from server.settings import Settings
 from server.version import package_version
 from vd_plugin.schedule import PRESETS
@@ -79,38 +80,50 @@ def _make_parser(*, with_demo: bool) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="visiondrop",
         description="Serve LLaVA models with a visual token budget for every request.",
-        epilog="Limits are set by environment variables, for example VISIONDROP_MAX_IMAGE_PIXELS=20000000.",
+        epilog=_SETTINGS_NOTE,
     )
     parser.add_argument("--version", action="version", version=f"visiondrop {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="start an engine and serve it", usage=_SERVE_USAGE))
-    _add_gateway(commands.add_parser("gateway", help="serve an engine that runs elsewhere"))
+    _add_gateway(commands.add_parser("gateway", help="serve engines that run elsewhere"))
     _add_demo(commands.add_parser("demo", help="serve a model, ask it about a picture, show the savings"), with_demo)
     commands.add_parser("explain", help="draw which patches of a picture every stage keeps", add_help=False)
     return parser
 
 
+_SETTINGS_NOTE: Final = (
+    "All limits can be set by environment variables VISIONDROP_*, for example VISIONDROP_MAX_IMAGE_PIXELS=20000000."
+)
 _SERVE_USAGE: Final = "visiondrop serve MODEL [options] [-- ENGINE OPTIONS]"
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.description = "Start vLLM with VisionDrop as a child process and serve it over HTTP."
-    parser.epilog = "What follows -- goes to vLLM as it is, for example: -- --max-model-len 4096 --dtype bfloat16"
+    parser.epilog = (
+        "What follows -- goes to vLLM as it is, for example: -- --max-model-len 4096 --dtype bfloat16. "
+        "An engine that stops while it serves is started again. " + _SETTINGS_NOTE
+    )
     parser.add_argument("model", metavar="MODEL", help="a folder with a LLaVA checkpoint, or its name on the hub")
     _add_server_options(parser)
     parser.add_argument(
         "--engine-log",
         type=Path,
         metavar="PATH",
-        help="file for the engine's output (default: in a private folder, kept only if the engine fails)",
+        help="file for the engine's output (default: in a private folder, kept only if the engine fails); "
+        "when the engine is started again, the next file has a number in its name",
     )
     parser.set_defaults(run=_serve)
 
 
 def _add_gateway(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Serve an engine that was started with `python -m vd_plugin.engine` elsewhere."
+    parser.description = "Serve engines that were started with `python -m vd_plugin.engine` elsewhere."
+    parser.epilog = _SETTINGS_NOTE
     parser.add_argument(
-        "--engine", required=True, metavar="URL", help="where the engine is: http://HOST:PORT or unix:/PATH"
+        "--engine",
+        required=True,
+        action="append",
+        metavar="URL",
+        help="where an engine is: http://HOST:PORT or unix:/PATH; more than once for several that serve the same model",
     )
     _add_server_options(parser)
     parser.set_defaults(run=_gateway)
@@ -137,6 +150,11 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         f"or {presets}, full (default: high)",
     )
     parser.add_argument(
+        "--max-budget",
+        metavar="BUDGET",
+        help=f"ceiling: larger budgets are lowered to it (default: {_default('max_budget')})",
+    )
+    parser.add_argument(
         "--max-images",
         metavar="N",
         dest="max_images_per_request",
@@ -147,6 +165,20 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         dest="engine_start_timeout_seconds",
         help=f"how long the engine may take to load (default: {_default('engine_start_timeout_seconds'):g})",
+    )
+    parser.add_argument(
+        "--shutdown-seconds",
+        metavar="SECONDS",
+        help=f"what requests in flight get to finish when the server is stopped (default: "
+        f"{_default('shutdown_seconds'):g})",
+    )
+    parser.add_argument(
+        "--api-keys-file", metavar="PATH", help="TOML file of the keys that requests need (default: none is needed)"
+    )
+    parser.add_argument(
+        "--metrics-port",
+        metavar="PORT",
+        help=f"port of its own for /metrics, on {_default('metrics_host')}, 0 for any (default: on the main port)",
     )
 
 

@@ -24,6 +24,10 @@ class Drain:
     def is_stopping(self) -> bool:
         return self._is_stopping
 
+    @property
+    def num_inflight(self) -> int:
+        return self._num_inflight
+
     def begin(self) -> None:
         """From now on new work is turned away; what is in flight goes on."""
         self._is_stopping = True

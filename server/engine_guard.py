@@ -7,8 +7,11 @@ standard input) whose other end the gateway holds: when the gateway is gone, the
 
     gateway --pipe--> guard --> engine's API server --> EngineCore, workers      (guard and all below it: one group)
 
-Run as a script, by path, isolated from site-packages (`python -I -S engine_guard.py GRACE_SECONDS COMMAND...`):
-standard library only, and no import of this package.
+Run as a script, by path, isolated from site-packages: standard library only, and no import of this package.
+
+    python -I -S engine_guard.py GRACE_SECONDS [--remove FOLDER] COMMAND...
+
+The folder is what a gateway that was killed leaves behind; one that stops in an orderly way removes it itself.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +27,10 @@ import time
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+REMOVE_OPTION = "--remove"
 
 
-def main(grace_seconds: float, command: list[str]) -> int:
+def main(grace_seconds: float, command: list[str], folder: str | None = None) -> int:
     """Run `command` until it ends or the gateway does.
 
     Returns:
@@ -50,9 +55,9 @@ def main(grace_seconds: float, command: list[str]) -> int:
         while stops:
             engine.send_signal(stops.pop())
         if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 4096):
-            _end_group(engine, grace_seconds)
+            _end_group(engine, grace_seconds, folder)
     if select.select([sys.stdin], [], [], 0)[0]:
-        _end_group(engine, 0)  # both went at once, and the engine may have left processes behind
+        _end_group(engine, 0, folder)  # both went at once, and the engine may have left processes behind
     return engine.returncode if engine.returncode >= 0 else 128 - engine.returncode
 
 
@@ -68,14 +73,21 @@ def _die_with(parent: int) -> Callable[[], None]:
     return set_death_signal
 
 
-def _end_group(engine: subprocess.Popen[bytes], grace_seconds: float) -> None:
-    """Ask the engine to stop, then kill the group, this process included."""
+def _end_group(engine: subprocess.Popen[bytes], grace_seconds: float, folder: str | None) -> None:
+    """Ask the engine to stop, then kill the group, this process included; `folder` is removed on the way."""
     engine.terminate()
     deadline = time.monotonic() + grace_seconds
     while engine.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
+    engine.kill()
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))
+    _grace_seconds, *_command = sys.argv[1:]
+    _folder = None
+    if _command[0] == REMOVE_OPTION:
+        _, _folder, *_command = _command
+    sys.exit(main(float(_grace_seconds), _command, _folder))

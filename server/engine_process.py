@@ -1,67 +1,55 @@
-"""The engine as a child process: started, watched, and gone when the gateway is."""
+"""One run of the engine as a child process: started, watched, and gone when the gateway is."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from server import engine_guard, engine_log
+from server.engine_folder import EngineFolder
 
 _STOP_SECONDS: Final = 5.0
 """What vLLM gets between SIGTERM and SIGKILL."""
 
-_LONGEST_SOCKET_PATH: Final = 100  # sun_path of unix(7) holds 108 bytes
-
 
 class EngineProcess:
-    """A running engine, its socket, its log and the private folder that holds them."""
+    """One run of an engine."""
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: Path, log_path: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, folder: EngineFolder, log_path: Path) -> None:
         self._process = process
         self._folder = folder
         self.log_path = log_path
-        self.keep_log = False
         self._exit = asyncio.ensure_future(process.wait())
 
     @classmethod
-    async def start(cls, command: Sequence[str], log_path: Path | None = None) -> EngineProcess:
+    async def start(cls, command: Sequence[str], folder: EngineFolder) -> EngineProcess:
         """Start `command --uds SOCKET`, in its own process group.
 
-        The options that are added go to the end. The log is in the private folder unless `log_path` says otherwise.
+        The options that are added go to the end. Socket and log are in `folder`.
 
         Raises:
             OSError: the log cannot be written.
         """
-        folder = _make_private_folder()
-        log_path = log_path or folder / "engine.log"
-        try:
-            with log_path.open("wb") as log:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-I", "-S", engine_guard.__file__, str(_STOP_SECONDS)),
-                    *command,
-                    *("--uds", str(folder / "engine.sock")),
-                    stdin=asyncio.subprocess.PIPE,  # the guard's life line, see engine_guard.py
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                    start_new_session=True,
-                )
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        log_path = folder.prepare_run()
+        with log_path.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", engine_guard.__file__, str(_STOP_SECONDS)),
+                *(engine_guard.REMOVE_OPTION, str(folder.path)),
+                *command,
+                *("--uds", str(folder.socket_path)),
+                stdin=asyncio.subprocess.PIPE,  # the guard's life line, see engine_guard.py
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
         return cls(process, folder, log_path)
-
-    @property
-    def url(self) -> str:
-        return f"unix:{self._folder / 'engine.sock'}"
 
     def has_exited(self) -> bool:
         return self._exit.done()
@@ -71,11 +59,11 @@ class EngineProcess:
         await asyncio.shield(self._exit)
 
     def describe_exit(self, *, while_loading: bool) -> str:
-        """Why the engine is gone, as one sentence. From here on the log is kept."""
+        """Why the engine is gone, as one sentence. From here on its log is kept."""
         sentence = engine_log.last_words(self.log_path) if while_loading else None
         if sentence is not None:
             return sentence
-        self.keep_log = True
+        self._folder.keep_logs = True
         error = engine_log.last_error(self.log_path)
         cause = f": {error}" if error else ""
         when = " while it was loading" if while_loading else ""
@@ -83,31 +71,18 @@ class EngineProcess:
         return f"the engine stopped{when} ({how}){cause}. Its log: {self.log_path}"
 
     async def stop(self) -> None:
-        """Stop the engine and all its processes, kindly at first, and remove its folder."""
+        """Stop the engine and all its processes, kindly at first."""
         if not self.has_exited():
             with suppress(ProcessLookupError):
                 self._process.terminate()
             await asyncio.wait((self._exit,), timeout=_STOP_SECONDS)
         self.kill()
         await self._exit
-        if self.keep_log and self.log_path.is_relative_to(self._folder):
-            (self._folder / "engine.sock").unlink(missing_ok=True)
-        else:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self) -> None:
         """Kill the whole group at once. Processes of the group may be left when its leader has gone."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _make_private_folder() -> Path:
-    """A folder that only this user can enter: whoever reaches the socket could set request-level mm kwargs."""
-    folder = Path(tempfile.mkdtemp(prefix="visiondrop-"))
-    if len(str(folder)) + len("/engine.sock") > _LONGEST_SOCKET_PATH:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="visiondrop-", dir="/tmp"))
-    return folder
 
 
 def _describe_status(status: int | None) -> str:

@@ -1,41 +1,48 @@
-"""`visiondrop serve` and `visiondrop gateway`: the HTTP server's life, from the free port to the clean stop."""
+"""`visiondrop serve` and `visiondrop gateway`: the HTTP server's life, from the free port to the clean stop.
+
+1. The ports are taken, so that a conflict is told before an engine loads.
+2. The engine is started, or looked for, and waited for.
+3. Requests are served. A child engine that stops is started again (supervisor.py).
+4. The first SIGINT or SIGTERM begins the drain: newcomers get a 503, what is in flight may finish within the grace
+   time, and is cut off then.
+5. The server ends, then the engine. A second signal, at any time, ends everything at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server import engine_log
 from server.app import create_app
+from server.connection_guard import ConnectionLimits
+from server.drain import Drain
 from server.engine_client import HttpEngineClient
 from server.engine_pool import EnginePool
-from server.engine_process import EngineProcess
-from server.errors import EngineFailedError, EngineUnreachableError, GatewayError
+from server.errors import EngineFailedError, EngineUnreachableError, GatewayError, UnknownRouteError
+from server.http_server import HttpServer, allowed_connections
+from server.listener import Address, StartError, bound_socket, url_of, why_not_bound
+from server.metrics_listener import serve_metrics
 from server.progress import Progress
 from server.settings import Settings
+from server.supervisor import Backoff, Supervisor
 
 _POLL_SECONDS: Final = 0.3
+_OTHERS_SECONDS: Final = 1.0
+"""What other engines get to answer, too, before it is told which do not."""
 
-
-class StartError(Exception):
-    """Serving is not possible. The message is a sentence for the person at the terminal."""
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    host: str
-    port: int
+_MAX_CONNECTIONS: Final = 4096
+BACKOFF: Final = Backoff()
 
 
 def run_serve(
@@ -47,69 +54,120 @@ def run_serve(
         engine_command: program and arguments; `--uds SOCKET` is added.
 
     Raises:
-        StartError: the port is taken, the engine does not start, or it died on the way.
+        StartError: a port is taken, or the engine does not start.
     """
-    with _bound_socket(address) as listener:
-        asyncio.run(_serve_child(settings, listener, engine_command, engine_log_path))
+    with _bound_sockets(settings, address) as listeners:
+        asyncio.run(_serve_child(settings, listeners, engine_command, engine_log_path))
 
 
-def run_gateway(settings: Settings, address: Address, engine_url: str) -> None:
-    """Serve an engine that somebody else runs, once it answers.
+def run_gateway(settings: Settings, address: Address, engine_urls: Sequence[str]) -> None:
+    """Serve engines that somebody else runs, once one of them answers.
 
     Raises:
-        StartError: the port is taken, the URL is none, or the engine does not answer or fit.
+        StartError: a port is taken, a URL is none or is there twice, or no engine answers and fits.
     """
-    with _bound_socket(address) as listener:
-        asyncio.run(_serve_remote(settings, listener, engine_url))
+    with _bound_sockets(settings, address) as listeners:
+        asyncio.run(_serve_remote(settings, listeners, engine_urls))
 
 
 async def _serve_child(
-    settings: Settings, listener: socket.socket, command: Sequence[str], log_path: Path | None
+    settings: Settings, listeners: _Listeners, command: Sequence[str], log_path: Path | None
 ) -> None:
     try:
-        process = await EngineProcess.start(command, log_path)
+        supervisor = await Supervisor.start(command, log_path, BACKOFF, say)
     except OSError as error:
         raise StartError(f"the engine cannot be started: {error}") from None
-    stop = _stop_on_signals(process.kill)
-    client = HttpEngineClient.at(process.url)
+    stop = _stop_on_signals(supervisor.kill)
+    client = HttpEngineClient.at(supervisor.url)
+    pool = EnginePool({"0": client}, settings)
     try:
         progress = Progress("visiondrop: the engine is starting", sys.stderr)
-        ready = _wait_ready(client, settings, progress, lambda: engine_log.activity(process.log_path))
+        ready = _wait_ready(client, settings, progress, supervisor.activity)
         try:
-            await _first_of(ready, process.wait_exit(), stop.wait())
+            await _first_of(ready, supervisor.wait_exit(), stop.wait())
         except StartError:
-            process.keep_log = True
+            supervisor.keep_logs()
             raise
         finally:
             progress.clear()
-        if not stop.is_set() and not process.has_exited():
-            say(f"engine ready after {progress.elapsed_seconds:.0f} s, its log: {process.log_path}")
-            await _serve_until(stop, settings, listener, client, process.wait_exit())
-            if process.has_exited() and not stop.is_set():
-                raise StartError(process.describe_exit(while_loading=False))
-        elif not stop.is_set():
-            raise StartError(process.describe_exit(while_loading=True))
+        if stop.is_set():
+            return
+        if supervisor.has_exited():
+            raise StartError(supervisor.describe_exit(while_loading=True))
+        say(f"engine ready after {progress.elapsed_seconds:.0f} s, its log: {supervisor.log_path}")
+
+        async def is_ready() -> bool:
+            if is_healthy := await client.is_healthy():
+                await pool.check()  # at once, instead of at its next look
+            return is_healthy
+
+        watch = supervisor.run(is_ready, settings.engine_start_timeout_seconds)
+        await _serve_until(stop, settings, listeners, pool, watch)
     finally:
-        await client.aclose()
-        await process.stop()
+        await pool.aclose()
+        await supervisor.stop()
 
 
-async def _serve_remote(settings: Settings, listener: socket.socket, engine_url: str) -> None:
-    try:
-        client = HttpEngineClient.at(engine_url)
-    except ValueError as error:
-        raise StartError(str(error)) from None
+async def _serve_remote(settings: Settings, listeners: _Listeners, urls: Sequence[str]) -> None:
+    engines = _clients_of(urls)
+    pool = EnginePool(engines, settings)
     stop = _stop_on_signals(lambda: None)
     try:
         progress = Progress("visiondrop: waiting for the engine", sys.stderr)
+        wait = _wait_any_ready(dict(zip(urls, engines.values(), strict=True)), settings, progress)
         try:
-            await _first_of(_wait_ready(client, settings, progress, lambda: engine_url), stop.wait())
+            await _first_of(wait, stop.wait())
         finally:
             progress.clear()
         if not stop.is_set():
-            await _serve_until(stop, settings, listener, client)
+            await _serve_until(stop, settings, listeners, pool)
     finally:
-        await client.aclose()
+        await pool.aclose()
+
+
+def _clients_of(urls: Sequence[str]) -> dict[str, HttpEngineClient]:
+    """Clients of the engines, named "0", "1", ...
+
+    Raises:
+        StartError: a URL is none, or is there twice.
+    """
+    for number, url in enumerate(urls):
+        if url.rstrip("/") in {other.rstrip("/") for other in urls[:number]}:
+            raise StartError(f"the engine {url} is given twice")
+    try:
+        return {str(number): HttpEngineClient.at(url) for number, url in enumerate(urls)}
+    except ValueError as error:
+        raise StartError(str(error)) from None
+
+
+async def _wait_any_ready(engines: Mapping[str, HttpEngineClient], settings: Settings, progress: Progress) -> None:
+    """Return when one engine answers and fits, and tell which others do not, by their URLs.
+
+    Raises:
+        StartError: none does.
+    """
+    waits = {
+        url: asyncio.ensure_future(_wait_ready(client, settings, progress, lambda: ", ".join(engines)))
+        for url, client in engines.items()
+    }
+    try:
+        for wait in asyncio.as_completed(waits.values()):
+            with contextlib.suppress(StartError):
+                await wait
+                break
+        else:
+            await next(iter(waits.values()))
+        await asyncio.wait(waits.values(), timeout=_OTHERS_SECONDS)
+    finally:
+        for task in waits.values():
+            task.cancel()
+        await asyncio.gather(*waits.values(), return_exceptions=True)
+    progress.clear()
+    for url, task in waits.items():
+        if task.cancelled():
+            say(f"the engine {url} does not answer yet")
+        elif error := task.exception():
+            say(f"the engine {url} cannot be used: {error}")
 
 
 async def _wait_ready(
@@ -141,48 +199,72 @@ async def _wait_ready(
 async def _serve_until(
     stop: asyncio.Event,
     settings: Settings,
-    listener: socket.socket,
-    client: HttpEngineClient,
-    engine_exit: Coroutine[None, None, None] | None = None,
+    listeners: _Listeners,
+    pool: EnginePool,
+    watch: Coroutine[None, None, None] | None = None,
 ) -> None:
-    """Serve until told to stop or until the engine is gone; requests in flight are given some time to end."""
-    config = uvicorn.Config(
-        create_app(settings, EnginePool({"0": client}, settings)),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.shutdown_seconds),  # 0: no wait
-    )
-    server = _Server(config)
-    url = _url_of(listener)
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    ends = [stop.wait(), _announce(server, client, url)] + ([engine_exit] if engine_exit else [])
+    """Serve until told to stop; requests in flight are given some time to end. `watch` runs until then."""
+    drain = Drain()
+    app = create_app(settings, pool, drain)
+    limits = ConnectionLimits.of(settings, allowed_connections(_MAX_CONNECTIONS))
+    server = HttpServer(app, limits)
+    url = url_of(listeners.main)
     try:
-        await _first_of(asyncio.shield(serving), *ends)
-        server.should_exit = True
-        await serving
+        async with serve_metrics(_metrics_only(app), listeners.metrics):
+            serving = asyncio.ensure_future(server.serve(sockets=[listeners.main]))
+            ends = [stop.wait(), _announce(server, pool, url, listeners)] + ([watch] if watch else [])
+            try:
+                await _first_of(asyncio.shield(serving), *ends)
+                await _finish(server, drain, settings.shutdown_seconds)
+            finally:
+                server.should_exit = True
+                await serving
     except OSError as error:
-        raise StartError(_why_not_bound(url, error)) from None
+        raise StartError(why_not_bound(url, error)) from None
 
 
-async def _announce(server: uvicorn.Server, client: HttpEngineClient, url: str) -> None:
+async def _finish(server: HttpServer, drain: Drain, grace_seconds: float) -> None:
+    """Turn newcomers away, and give what is in flight the grace time."""
+    drain.begin()
+    if drain.num_inflight:
+        say(f"waiting up to {grace_seconds:g} s for {_requests(drain.num_inflight)}")
+    try:
+        await asyncio.wait_for(drain.wait_idle(), grace_seconds)
+    except TimeoutError:
+        say(f"{_requests(drain.num_inflight)} cut off after {grace_seconds:g} s")
+        server.cut_off()
+
+
+def _requests(number: int) -> str:
+    return "1 request" if number == 1 else f"{number} requests"
+
+
+async def _announce(server: HttpServer, pool: EnginePool, url: str, listeners: _Listeners) -> None:
     """Say what is served where, once it is; never returns."""
     while not server.started:  # noqa: ASYNC110  # uvicorn offers no event
         await asyncio.sleep(0.02)
+    await pool.check()
     try:
-        names = ", ".join(str(entry.get("id")) for entry in await client.models())
+        names = ", ".join(str(entry.get("id")) for entry in await pool.models())
     except GatewayError as error:
         names = f"a model whose name is unknown ({error.message})"
+    if listeners.metrics is not None:
+        say(f"metrics at {url_of(listeners.metrics)}/metrics")
     say(f"serving {names} at {url}/v1 (Ctrl-C stops)")
     await asyncio.Event().wait()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: ours also look after the engine."""
+def _metrics_only(app: ASGIApp) -> ASGIApp:
+    """`/metrics` of the gateway's app, and nothing else of it."""
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/metrics":
+            await app(scope, receive, send)
+            return
+        error = UnknownRouteError("there is only '/metrics' here", code="unknown_url")
+        await JSONResponse(error.body(), error.status)(scope, receive, send)
+
+    return serve
 
 
 async def _first_of(*awaitables: Awaitable[object]) -> None:
@@ -215,35 +297,21 @@ def _stop_on_signals(kill: Callable[[], None]) -> asyncio.Event:
     return stop
 
 
+@dataclass(frozen=True, slots=True)
+class _Listeners:
+    main: socket.socket
+    metrics: socket.socket | None
+
+
 @contextlib.contextmanager
-def _bound_socket(address: Address) -> Generator[socket.socket, None, None]:
-    """Take the port before an engine is started for nothing. Nobody can connect until the server listens."""
-    url = f"http://{address.host}:{address.port}"
-    try:
-        family, kind, protocol, _, target = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise StartError(_why_not_bound(url, error)) from None
-    with listener:
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(target)
-        except OSError as error:
-            raise StartError(_why_not_bound(url, error)) from None
-        yield listener
-
-
-def _why_not_bound(url: str, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"{url} is already in use; choose another port with --port"
-    return f"cannot listen on {url}: {error.strerror or error}"
-
-
-def _url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _bound_sockets(settings: Settings, address: Address) -> Generator[_Listeners, None, None]:
+    with contextlib.ExitStack() as stack:
+        main = stack.enter_context(bound_socket(address))
+        metrics = None
+        if settings.metrics_port is not None:
+            metrics_address = Address(settings.metrics_host, settings.metrics_port)
+            metrics = stack.enter_context(bound_socket(metrics_address, "--metrics-port"))
+        yield _Listeners(main, metrics)
 
 
 def say(sentence: str) -> None:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -277,6 +278,12 @@ def main(mode: str, uds: str) -> None:
         import signal
 
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    marker = Path(uds).with_name("started")  # in the folder that all runs of an engine share
+    is_first = not marker.exists()
+    marker.touch()
+    if mode == "dies_again" and not is_first:
+        print("ValueError: no second life", file=sys.stderr)
+        sys.exit(1)
     # As vLLM's API server has its EngineCore: a process that does not notice when its parent is killed.
     grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     print(f"GRANDCHILD {grandchild.pid}", flush=True)
@@ -290,9 +297,23 @@ def main(mode: str, uds: str) -> None:
     if mode == "other_rule":
         assert engine.geometry is not None
         engine.geometry["geometry"]["rule_version"] = RULE_VERSION + 1
-    if mode == "slow":
+    if mode == "slow" or (mode == "first_slow" and is_first):
         engine.hold = True
-    uvicorn.run(engine, uds=uds, log_level="warning")
+    uvicorn.run(_paced(engine) if mode == "paced" else engine, uds=uds, log_level="warning")
+
+
+def _paced(engine: FakeEngine) -> Callable[..., Awaitable[None]]:
+    """The same answers, each part of a chat completion 0.3 s after the one before."""
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        async def send_late(message: dict[str, Any]) -> None:
+            if scope.get("path") == "/v1/chat/completions" and message["type"] == "http.response.body":
+                await asyncio.sleep(0.3)
+            await send(message)
+
+        await engine(scope, receive, send_late)
+
+    return app
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""`visiondrop serve` with fake_engine.py as its engine: `python serve_fake.py MODE PORT [LOG]`."""
+"""`visiondrop serve` with fake_engine.py as its engine: `python serve_fake.py MODE [OPTIONS]`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from server import cli
+from server import cli, serve
+from server.supervisor import Backoff
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
 if __name__ == "__main__":
-    mode, port, *log = sys.argv[1:]
-    cli.engine_command = lambda model, options: [sys.executable, str(FAKE_ENGINE), model, *options]
-    sys.exit(cli.main(["serve", mode, "--port", port, *(["--engine-log", log[0]] if log else [])]))
+    mode, *options = sys.argv[1:]
+    cli.engine_command = lambda model, engine_options: [sys.executable, str(FAKE_ENGINE), model, *engine_options]
+    serve.BACKOFF = Backoff(first_seconds=0.1, longest_seconds=0.4, reset_seconds=60.0)
+    sys.exit(cli.main(["serve", mode, "--port", "0", *options]))

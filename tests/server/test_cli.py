@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from server import cli
-from server.serve import Address
+from server.listener import Address
 from server.settings import Settings
 
 
@@ -39,9 +39,11 @@ def test_serve_passes_settings_address_and_engine_options(served: list[tuple[Any
     assert served == [(settings, Address("127.0.0.1", 0), command, Path("log"))]
 
 
-def test_gateway_needs_an_engine(served: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("gateway", "--engine", "unix:/a") == 0
-    assert served == [(Settings(), Address("127.0.0.1", 8000), "unix:/a")]
+def test_gateway_needs_an_engine_and_takes_several(
+    served: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("gateway", "--engine", "unix:/a", "--engine", "http://b:1") == 0
+    assert served == [(Settings(), Address("127.0.0.1", 8000), ["unix:/a", "http://b:1"])]
     assert run("gateway") == 2
     assert "--engine" in capsys.readouterr().err
 
@@ -56,6 +58,13 @@ def test_environment_sets_defaults_and_the_command_line_wins(
     assert [(call[0].default_budget, call[0].max_image_pixels) for call in served] == [(100, 1000), ("full", 1000)]
 
 
+def test_limits_have_options_of_their_own(served: list[tuple[Any, ...]]) -> None:
+    limits = ("--max-budget", "medium", "--shutdown-seconds", "2.5", "--metrics-port", "9", "--api-keys-file", "keys")
+    assert run("serve", "model", *limits) == 0
+    expected = Settings(max_budget="medium", shutdown_seconds=2.5, metrics_port=9, api_keys_file=Path("keys"))
+    assert served[0][0] == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -65,6 +74,9 @@ def test_environment_sets_defaults_and_the_command_line_wins(
         (["serve", "m", "--default-budget", "lots"], 1, "at least 32"),
         (["serve", "m", "--default-budget", "31"], 1, "VISIONDROP_DEFAULT_BUDGET"),
         (["serve", "m", "--max-images", "none"], 1, "valid integer"),
+        (["serve", "m", "--max-budget", "31"], 1, "VISIONDROP_MAX_BUDGET"),
+        (["serve", "m", "--metrics-port", "99999"], 1, "VISIONDROP_METRICS_PORT"),
+        (["serve", "m", "--shutdown-seconds", "-1"], 1, "VISIONDROP_SHUTDOWN_SECONDS"),
         (["serve", "m", "--", "--port", "1"], 2, "before the --"),
         (["serve", "m", "--", "--uds=/a"], 2, "socket of its own"),
         (["gateway", "--engine", "unix:/a", "--", "--x"], 2, "does not"),
@@ -93,9 +105,24 @@ def test_wrong_engine_url_gets_a_sentence(capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+def test_engine_that_is_given_twice_gets_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    engines = ("--engine", "http://a:1", "--engine", "unix:/b", "--engine", "http://a:1/")
+    assert run("gateway", "--port", "0", *engines) == 1
+    assert capsys.readouterr().err == "visiondrop: error: the engine http://a:1/ is given twice\n"
+
+
 def test_engine_that_never_comes_ends_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("gateway", "--port", "0", "--engine", "unix:/no", "--engine-start-timeout", "0.1") == 1
     assert "not ready after 0.1 s" in capsys.readouterr().err
+    two = ("--engine", "unix:/no", "--engine", "unix:/nowhere")
+    assert run("gateway", "--port", "0", *two, "--engine-start-timeout", "0.1") == 1
+    assert "not ready after 0.1 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "gateway"])
+def test_help_tells_where_all_limits_are_set(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(command, "--help")
+    assert "VISIONDROP_*" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["gateway"], ["demo"]])

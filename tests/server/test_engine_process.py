@@ -1,109 +1,25 @@
-"""The supervisor: a real gateway process, a fake engine as its child, and every way in which one of them may end."""
+"""A real gateway process, a fake engine as its child, and every way in which both may end."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from gateway_process import Start, gateways, is_alive, wait_for
 from pictures import ask, picture
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-
-
-class Gateway:
-    """A gateway process and what it said."""
-
-    def __init__(self, folder: Path, mode: str, port: int = 0) -> None:
-        self.said_path = folder / "stderr"
-        self.temp = folder / "tmp"
-        self.temp.mkdir()
-        environment = {**os.environ, "TMPDIR": str(self.temp), "PYTHONPATH": str(ROOT)}
-        with self.said_path.open("wb") as said, (folder / "stdout").open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "serve_fake.py"), mode, str(port)],
-                stdout=out,
-                stderr=said,
-                env=environment,
-                start_new_session=True,
-            )
-
-    @property
-    def said(self) -> str:
-        return self.said_path.read_text()
-
-    @property
-    def engine_log(self) -> str:
-        return "".join(path.read_text() for path in self.temp.glob("*/engine.log"))
-
-    def wait_url(self) -> str:
-        wait_for(lambda: "serving fake-llava at" in self.said, self)
-        found = re.search(r"at (http://\S+)/v1", self.said)
-        assert found
-        return found.group(1)
-
-    def grandchild(self) -> int:
-        """The process that stands for vLLM's EngineCore."""
-        wait_for(lambda: "GRANDCHILD" in self.engine_log, self)
-        found = re.search(r"GRANDCHILD (\d+)", self.engine_log)
-        assert found
-        return int(found.group(1))
-
-    def members(self) -> list[int]:
-        """All processes below the gateway that are alive."""
-        pids = _children(self.process.pid)
-        for pid in pids:
-            pids += _children(pid)
-        return pids
-
-
-def _children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout
-    return [int(text) for text in found.split()]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0].startswith("Z")
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(condition: Callable[[], bool], gateway: Gateway | None = None, seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, gateway.said if gateway else "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
-    started: list[Gateway] = []
-
-    def start_gateway(mode: str, port: int = 0) -> Gateway:
-        folder = tmp_path / str(len(started))
-        folder.mkdir()
-        started.append(Gateway(folder, mode, port))
-        return started[-1]
-
-    yield start_gateway
-    for gateway in started:
-        if gateway.process.poll() is None:
-            gateway.process.kill()
-            gateway.process.wait()
-
-
-Start = Callable[..., Gateway]
+def start(tmp_path: Path) -> Iterator[Start]:
+    with gateways(tmp_path) as start_gateway:
+        yield start_gateway
 
 
 def test_serves_and_stops_cleanly(start: Start) -> None:
@@ -162,15 +78,7 @@ def test_killed_gateway_leaves_no_orphan(start: Start, mode: str) -> None:
     assert len(members) == 3, "guard, engine and the engine's own child"
     gateway.process.kill()
     wait_for(lambda: not [pid for pid in members if is_alive(pid)])
-
-
-def test_killed_guard_takes_the_engine_along(start: Start) -> None:
-    gateway = start("serve")
-    gateway.wait_url()
-    members = gateway.members()
-    os.kill(members[0], signal.SIGKILL)
-    assert gateway.process.wait(timeout=10) == 1
-    wait_for(lambda: not [pid for pid in members if is_alive(pid)])
+    assert not list(gateway.temp.iterdir()), "the guard should have removed the private folder"
 
 
 def test_engine_that_refuses_its_input_has_the_last_word(start: Start) -> None:
@@ -198,28 +106,35 @@ def test_engine_with_another_rule_is_refused(start: Start) -> None:
     assert not [pid for pid in members if is_alive(pid)]
 
 
-def test_engine_that_dies_while_serving_ends_the_gateway(start: Start) -> None:
-    gateway = start("slow")
-    url = gateway.wait_url()
-    members = gateway.members()
-    body = ask(picture(), stream=True)
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=10) as response:
-        lines = (line for line in response.iter_lines() if line)
-        assert "choices" in next(lines)
-        os.kill(members[1], signal.SIGKILL)
-        assert "error" in json.loads(next(lines).removeprefix("data: "))
-        assert list(lines) == []
-    assert gateway.process.wait(timeout=10) == 1
-    assert "the engine stopped (killed by SIGKILL)" in gateway.said.splitlines()[-1]
-    assert not [pid for pid in members if is_alive(pid)], "the engine's own child should be gone, too"
-
-
 def test_taken_port_is_told_before_the_engine_is_started(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        gateway = start("serve", port)
+        gateway = start("serve", "--port", str(port))
         assert gateway.process.wait(timeout=10) == 1
     assert gateway.said == (
         f"visiondrop: error: http://127.0.0.1:{port} is already in use; choose another port with --port\n"
     )
     assert not list(gateway.temp.iterdir())
+
+
+def test_taken_metrics_port_is_told_before_the_engine_is_started(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        gateway = start("serve", "--metrics-port", str(port))
+        assert gateway.process.wait(timeout=10) == 1
+    assert gateway.said == (
+        f"visiondrop: error: http://127.0.0.1:{port} is already in use; choose another port with --metrics-port\n"
+    )
+    assert not list(gateway.temp.iterdir())
+
+
+def test_metrics_have_a_port_of_their_own(start: Start) -> None:
+    gateway = start("serve", "--metrics-port", "0")
+    gateway.wait_url()
+    found = re.search(r"metrics at (http://\S+)/metrics", gateway.said)
+    assert found
+    assert "visiondrop_" in httpx.get(f"{found.group(1)}/metrics").text
+    answer = httpx.post(f"{found.group(1)}/v1/chat/completions", json=ask(picture()))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+    gateway.process.send_signal(signal.SIGTERM)
+    assert gateway.process.wait(timeout=10) == 0
