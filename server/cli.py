@@ -12,10 +12,12 @@ from typing import Any, Final, NoReturn
 
 from pydantic import ValidationError
 
+from server.api_keys import ApiKeys
 from server.listener import Address, StartError
 from server.recording import REQUEST_LOG
 from server.serve import run_gateway, run_serve
 from server.settings import Settings
+from server.tracing import make_tracing
 from server.version import package_version
 from vd_plugin.schedule import PRESETS
 
@@ -211,16 +213,23 @@ def _read_settings(options: argparse.Namespace) -> Settings:
     """Command line over environment over defaults.
 
     Raises:
-        SettingsError: a value is out of range.
+        SettingsError: a value is out of range, or what it names cannot be used.
     """
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(step) for step in first["loc"])
-        reason = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"]
-        raise SettingsError(f"setting {name} (VISIONDROP_{name.upper()}): {reason}") from None
+        reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+        raise SettingsError(f"setting {name} (VISIONDROP_{name.upper()}): {reason}" if name else reason) from None
+    try:
+        # Now, and not after the minutes that an engine may take to load.
+        ApiKeys.from_settings(settings)
+        make_tracing(settings).close()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return settings
 
 
 def _configure_logging() -> None:

@@ -52,10 +52,6 @@ class Drain:
             if self._num_inflight == 0:
                 self._idle.set()
 
-    @property
-    def is_idle(self) -> bool:
-        return self._num_inflight == 0
-
     async def wait_idle(self) -> None:
         """Return when nothing is in flight."""
         await self._idle.wait()

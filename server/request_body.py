@@ -75,11 +75,11 @@ def explain(error: ValidationError) -> GatewayError:
         return InvalidRequestError(f"{name}: {first['loc'][-2]!r} is no token id", param=name)
     if first["type"] != "extra_forbidden":
         return general
-    *above, name = first["loc"]
+    *above, unknown = first["loc"]
     inside = str(above[-1]) if above else ""
     if "content" in above:
-        return InvalidRequestError(part_refusal(str(name), inside=inside), param=general.param)
-    return InvalidRequestError(f"unknown field {name!r} in {inside!r}", param=general.param)
+        return InvalidRequestError(part_refusal(str(unknown), inside=inside), param=general.param)
+    return InvalidRequestError(f"unknown field {unknown!r} in {inside!r}", param=general.param)
 
 
 def dump_json(payload: Mapping[str, Any]) -> bytes:

@@ -21,15 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from server.app import create_app
+from server.app import create_app, metrics_app_of
 from server.connection_guard import ConnectionLimits
 from server.drain import Drain
 from server.engine_client import HttpEngineClient
 from server.engine_pool import EnginePool
-from server.errors import EngineFailedError, EngineUnreachableError, GatewayError, UnknownRouteError
+from server.errors import EngineFailedError, EngineUnreachableError, GatewayError
 from server.http_server import HttpServer, allowed_connections
 from server.listener import Address, StartError, bound_socket, url_of, why_not_bound
 from server.metrics_listener import serve_metrics
@@ -41,7 +38,6 @@ _POLL_SECONDS: Final = 0.3
 _OTHERS_SECONDS: Final = 1.0
 """What other engines get to answer, too, before it is told which do not."""
 
-_MAX_CONNECTIONS: Final = 4096
 BACKOFF: Final = Backoff()
 
 
@@ -97,9 +93,8 @@ async def _serve_child(
         say(f"engine ready after {progress.elapsed_seconds:.0f} s, its log: {supervisor.log_path}")
 
         async def is_ready() -> bool:
-            if is_healthy := await client.is_healthy():
-                await pool.check()  # at once, instead of at its next look
-            return is_healthy
+            await pool.check()  # at once, instead of at its next look
+            return pool.is_up("0")
 
         watch = supervisor.run(is_ready, settings.engine_start_timeout_seconds)
         await _serve_until(stop, settings, listeners, pool, watch)
@@ -206,11 +201,11 @@ async def _serve_until(
     """Serve until told to stop; requests in flight are given some time to end. `watch` runs until then."""
     drain = Drain()
     app = create_app(settings, pool, drain)
-    limits = ConnectionLimits.of(settings, allowed_connections(_MAX_CONNECTIONS))
+    limits = ConnectionLimits.of(settings, allowed_connections(settings.max_connections))
     server = HttpServer(app, limits)
     url = url_of(listeners.main)
     try:
-        async with serve_metrics(_metrics_only(app), listeners.metrics):
+        async with serve_metrics(metrics_app_of(app), listeners.metrics):
             serving = asyncio.ensure_future(server.serve(sockets=[listeners.main]))
             ends = [stop.wait(), _announce(server, pool, url, listeners)] + ([watch] if watch else [])
             try:
@@ -252,19 +247,6 @@ async def _announce(server: HttpServer, pool: EnginePool, url: str, listeners: _
         say(f"metrics at {url_of(listeners.metrics)}/metrics")
     say(f"serving {names} at {url}/v1 (Ctrl-C stops)")
     await asyncio.Event().wait()
-
-
-def _metrics_only(app: ASGIApp) -> ASGIApp:
-    """`/metrics` of the gateway's app, and nothing else of it."""
-
-    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/metrics":
-            await app(scope, receive, send)
-            return
-        error = UnknownRouteError("there is only '/metrics' here", code="unknown_url")
-        await JSONResponse(error.body(), error.status)(scope, receive, send)
-
-    return serve
 
 
 async def _first_of(*awaitables: Awaitable[object]) -> None:

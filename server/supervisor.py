@@ -112,6 +112,7 @@ class Supervisor:
         ready_at: float | None = time.monotonic()
         while True:
             await self._process.wait_exit()
+            await is_ready()  # so that nobody is sent to it any more
             if ready_at is not None and time.monotonic() - ready_at >= self._backoff.reset_seconds:
                 num_failures = 0
             num_failures += 1

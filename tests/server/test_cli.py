@@ -58,10 +58,22 @@ def test_environment_sets_defaults_and_the_command_line_wins(
     assert [(call[0].default_budget, call[0].max_image_pixels) for call in served] == [(100, 1000), ("full", 1000)]
 
 
-def test_limits_have_options_of_their_own(served: list[tuple[Any, ...]]) -> None:
-    limits = ("--max-budget", "medium", "--shutdown-seconds", "2.5", "--metrics-port", "9", "--api-keys-file", "keys")
+def test_limits_have_options_of_their_own(served: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[keys.shop]\nsecret = "a-secret"\n')
+    keys.chmod(0o600)
+    limits = (
+        "--max-budget",
+        "medium",
+        "--shutdown-seconds",
+        "2.5",
+        "--metrics-port",
+        "9",
+        "--api-keys-file",
+        str(keys),
+    )
     assert run("serve", "model", *limits) == 0
-    expected = Settings(max_budget="medium", shutdown_seconds=2.5, metrics_port=9, api_keys_file=Path("keys"))
+    expected = Settings(max_budget="medium", shutdown_seconds=2.5, metrics_port=9, api_keys_file=keys)
     assert served[0][0] == expected
 
 
@@ -77,6 +89,7 @@ def test_limits_have_options_of_their_own(served: list[tuple[Any, ...]]) -> None
         (["serve", "m", "--max-budget", "31"], 1, "VISIONDROP_MAX_BUDGET"),
         (["serve", "m", "--metrics-port", "99999"], 1, "VISIONDROP_METRICS_PORT"),
         (["serve", "m", "--shutdown-seconds", "-1"], 1, "VISIONDROP_SHUTDOWN_SECONDS"),
+        (["serve", "m", "--api-keys-file", "/nowhere/keys.toml"], 1, "/nowhere/keys.toml"),
         (["serve", "m", "--", "--port", "1"], 2, "before the --"),
         (["serve", "m", "--", "--uds=/a"], 2, "socket of its own"),
         (["gateway", "--engine", "unix:/a", "--", "--x"], 2, "does not"),

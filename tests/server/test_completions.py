@@ -203,5 +203,7 @@ async def test_bodies_have_a_limit(engine: TextEngine) -> None:
     app = make_app(Settings(max_body_bytes=1000), engine)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
         for path in (ROUTE, "/tokenize", "/detokenize"):
-            assert (await client.post(path, content=b" " * 1001)).status_code == 413
+            assert (
+                await client.post(path, content=b" " * 1001, headers={"Content-Type": "application/json"})
+            ).status_code == 413
         assert "visiondrop_requests_total" in await metrics_of(client)
