@@ -79,9 +79,9 @@ class EnginePool:
 
     def refusal(self) -> GatewayError:
         """Why no engine takes work, when none is up."""
-        for engine in self._engines.values():
-            if engine.monitor.state is EngineState.MISMATCH and engine.monitor.mismatch is not None:
-                return EngineMismatchError(engine.monitor.mismatch.message)
+        monitors = [engine.monitor for engine in self._engines.values()]
+        if all(monitor.state is EngineState.MISMATCH for monitor in monitors) and monitors[0].mismatch is not None:
+            return EngineMismatchError(monitors[0].mismatch.message)
         return EngineUnreachableError("no engine is ready; try again later", code="engine_unreachable")
 
     async def run(self) -> None:
@@ -109,7 +109,7 @@ class EnginePool:
         """The geometry of the engines that are up; no I/O.
 
         Raises:
-            EngineMismatchError: the only engines that answer do not fit.
+            EngineMismatchError: no engine fits.
             EngineUnreachableError: none is up.
         """
         for engine in await self._engines_up():
