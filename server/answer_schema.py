@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.usage_schema import Usage
+from server.usage_schema import ResponseUsage, Usage
 from vd_plugin.schedule import Budget
 
 
@@ -71,6 +71,16 @@ class TextCompletion(_Passed):
     model: str
     choices: list[TextChoice]
     usage: Usage
+
+
+class Response(_Passed):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: str
+    output: list[dict[str, Any]]
+    usage: ResponseUsage
 
 
 class Tokens(_Passed):

@@ -16,6 +16,7 @@ from pydantic.json_schema import models_json_schema
 
 from server import answer_schema as answers
 from server.completion_request import CompletionRequest
+from server.responses_request import ResponsesRequest
 from server.schemas import ChatRequest
 from server.tokenize_request import DetokenizeRequest, TokenizeRequest
 from server.usage_schema import VisualTokensCount
@@ -90,6 +91,15 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         _ASKING,
         CompletionRequest,
         {"prompt": "A picture is worth", "max_tokens": 16},
+        streams=True,
+        counts_tokens=True,
+    ),
+    ("post", "/v1/responses"): Operation(
+        "Answer a conversation, with or without pictures; stateless, without tools",
+        answers.Response,
+        _ASKING,
+        ResponsesRequest,
+        {"input": "Hello", "max_output_tokens": 16},
         streams=True,
         counts_tokens=True,
     ),
@@ -250,8 +260,9 @@ def _success(entry: Operation, reference: Mapping[type[BaseModel], dict[str, Any
         content["text/event-stream"] = {
             "schema": {
                 "type": "string",
-                "description": "With `stream`: events `data: {...}`, each a chunk of the answer, and last "
-                "`data: [DONE]`. A failure on the way is an event with the error object, and the last.",
+                "description": "With `stream`: events `data: {...}`, each a part of the answer; chat and text "
+                "completions end with `data: [DONE]`. "
+                "A failure on the way is an event with the error object, and the last.",
             }
         }
     return {"description": "The answer.", "headers": _headers(*figures), "content": content}

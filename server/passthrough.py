@@ -41,14 +41,15 @@ class Engine(Protocol):
     async def open_stream(self, call: EngineCall) -> EventSource: ...
 
 
-def _admit_all(_: int) -> AbstractAsyncContextManager[Any]:
+def admit_all(_: int) -> AbstractAsyncContextManager[Any]:
+    """Whoever comes."""
     return nullcontext()
 
 
 class CompletionHandler:
     """Serves POST /v1/completions."""
 
-    def __init__(self, engine: Engine, read_body: ReadBody, admit: Admit = _admit_all) -> None:
+    def __init__(self, engine: Engine, read_body: ReadBody, admit: Admit = admit_all) -> None:
         self._engine = engine
         self._read_body = read_body
         self._admit = admit
@@ -61,7 +62,7 @@ class CompletionHandler:
         """
         completion = parse_completion_request(await self._read_body(request))
         record.model, record.stream = completion.model, bool(completion.stream)
-        return await until_disconnect(request.receive, lambda: self._serve(completion, record), _discard)
+        return await until_disconnect(request.receive, lambda: self._serve(completion, record), discard_stream)
 
     async def _serve(self, completion: CompletionRequest, record: RequestRecord) -> Response:
         call = EngineCall(COMPLETIONS_ROUTE, completion.engine_body(), record.request_id, cost=completion.cost)
@@ -125,7 +126,7 @@ class AdmittedSource:
             await self._admission.aclose()
 
 
-def add_routes(app: FastAPI, engine: Engine, read_body: ReadBody, admit: Admit = _admit_all) -> None:
+def add_routes(app: FastAPI, engine: Engine, read_body: ReadBody, admit: Admit = admit_all) -> None:
     """Give an app the routes of this file."""
     completions = CompletionHandler(engine, read_body, admit)
     tokens = TokenizeHandler(engine, read_body)
@@ -143,6 +144,7 @@ def add_routes(app: FastAPI, engine: Engine, read_body: ReadBody, admit: Admit =
         return await tokens.detokenize(request, record_of(request))
 
 
-async def _discard(response: Response) -> None:
+async def discard_stream(response: Response) -> None:
+    """Release an answer that came too late."""
     if isinstance(response, EventStream):
         await response.aclose()

@@ -71,8 +71,8 @@ def explain(error: ValidationError) -> GatewayError:
     general = from_validation(error)
     first = error.errors(include_url=False, include_input=False)[0]
     if first["loc"][-1:] == ("[key]",):
-        name = str(first["loc"][0])
-        return InvalidRequestError(f"{name}: {first['loc'][-2]!r} is no token id", param=name)
+        param = str(first["loc"][0])
+        return InvalidRequestError(f"{param}: {first['loc'][-2]!r} is no token id", param=param)
     if first["type"] != "extra_forbidden":
         return general
     *above, unknown = first["loc"]

@@ -55,6 +55,24 @@ class Usage(BaseModel):
     visual_tokens: VisualTokens
 
 
+class InputTokensDetails(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    cached_tokens: int | None = None
+    image_tokens: int
+    text_tokens: int
+
+
+class ResponseUsage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: InputTokensDetails
+    visual_tokens: VisualTokens
+
+
 class PresetCosts(_Answer):
     low: VisualTokens
     medium: VisualTokens

@@ -1,0 +1,167 @@
+"""POST /v1/responses: vLLM's own, without its memory. Usage and events come back with our figures in them.
+
+vLLM's usage of this route has no count of visual tokens, so that here they are as planned, not as counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Final, Protocol
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.budget import effective_budget
+from server.disconnect import until_disconnect
+from server.engine_client import EngineCall, EventSource, error_from_engine
+from server.errors import EngineFailedError, GatewayError
+from server.images import CheckedImage
+from server.passthrough import Admit, AdmittedSource, Engine, ReadBody, admit_all, discard_stream
+from server.record import RequestRecord
+from server.recording import record_of
+from server.relay import EventStream
+from server.request_body import text_tokens
+from server.responses_request import ResponsesRequest, parse_responses_request
+from server.schemas import ImagePart
+from vd_plugin.schedule import Budget
+
+ROUTE: Final = "/v1/responses"
+
+_LAST: Final = ("response.completed", "response.incomplete", "response.failed")
+
+
+class Pictured(Protocol):
+    """A request with pictures, whatever its route."""
+
+    @property
+    def visual_token_budget(self) -> Budget | None: ...
+
+    def image_parts(self) -> Iterator[tuple[str, ImagePart]]: ...
+
+
+class Prepare(Protocol):
+    """Checks the pictures of a request and plans their budgets: fills `record.geometry` and `record.schedules`."""
+
+    async def __call__(self, request: Pictured, record: RequestRecord) -> Sequence[CheckedImage]: ...
+
+
+class ResponsesHandler:
+    """Serves POST /v1/responses."""
+
+    def __init__(self, engine: Engine, read_body: ReadBody, prepare: Prepare, admit: Admit = admit_all) -> None:
+        self._engine = engine
+        self._read_body = read_body
+        self._prepare = prepare
+        self._admit = admit
+
+    async def handle(self, request: Request, record: RequestRecord) -> Response:
+        """Serve one request and fill its record.
+
+        Raises:
+            GatewayError: whatever goes wrong before the first byte of the answer.
+        """
+        asked = parse_responses_request(await self._read_body(request))
+        record.model, record.stream = asked.model, bool(asked.stream)
+        return await until_disconnect(request.receive, lambda: self._serve(asked, record), discard_stream)
+
+    async def _serve(self, asked: ResponsesRequest, record: RequestRecord) -> Response:
+        images = await self._prepare(asked, record)
+        budgets = [effective_budget(schedule) for schedule in record.schedules]
+        body = asked.engine_body([image.url for image in images], budgets)
+        cost = text_tokens(list(_texts(asked))) + record.kept
+        call = EngineCall(ROUTE, body, record.request_id, cost=cost)
+        async with AsyncExitStack() as admission:
+            await admission.enter_async_context(self._admit(cost))
+            if asked.stream:
+                source = await self._engine.open_stream(call)
+                record.engine_answered = True
+                admitted = AdmittedSource(source, admission.pop_all())
+                return EventStream(relay_responses(admitted, record), admitted, record, headers=record.headers())
+            answer = await self._engine.complete(call)
+        record.engine_answered = True
+        answer["usage"] = _usage(answer.get("usage") or {}, record)
+        return JSONResponse(answer, headers=record.headers())
+
+
+async def relay_responses(source: EventSource, record: RequestRecord) -> AsyncGenerator[bytes, None]:
+    """The client's events, named as OpenAI does.
+
+    If the engine breaks off or reports an error, the last event is `error`.
+    """
+    number = 0
+    try:
+        async for data in source:
+            event = _read_event(data)
+            kind = str(event.get("type"))
+            number = int(event.get("sequence_number") or number)
+            if kind.endswith(".delta"):
+                record.mark_first_token()
+            response = event.get("response")
+            if isinstance(response, dict) and response.get("usage"):
+                response["usage"] = _usage(response["usage"], record)
+            yield _event(kind, event)
+            if kind in _LAST:
+                return
+        raise EngineFailedError("the engine's answer ended too early", code="engine_failed")
+    except GatewayError as error:
+        record.mark_failure(error.status, error.message)
+        body = error.body()
+        # OpenAI's event has the fields of the error object at its top; its clients look for `error`, too.
+        yield _event("error", {**body["error"], "type": "error", "sequence_number": number + 1, **body})
+
+
+def add_route(app: FastAPI, engine: Engine, read_body: ReadBody, prepare: Prepare, admit: Admit = admit_all) -> None:
+    """Give an app the route of this file."""
+    handler = ResponsesHandler(engine, read_body, prepare, admit)
+
+    @app.post(ROUTE)
+    async def responses(request: Request) -> Response:
+        return await handler.handle(request, record_of(request))
+
+
+def _read_event(data: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(data)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise EngineFailedError("the engine's answer cannot be read", code="engine_failed")
+    if "error" in event or event.get("type") == "error":
+        error = event.get("error")
+        code = error.get("code") if isinstance(error, Mapping) else None
+        raise error_from_engine(code if isinstance(code, int) else 500, event)
+    return event
+
+
+def _usage(engine_usage: Mapping[str, Any], record: RequestRecord) -> dict[str, Any]:
+    """The engine's usage with our figures; in the record it stands as that of a chat completion."""
+    details = engine_usage.get("input_tokens_details") or {}
+    names = (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens"), ("total_tokens",) * 2)
+    ours = record.usage({chat: engine_usage.get(name) or 0 for name, chat in names})
+    counts = {name: ours["prompt_tokens_details"][name] for name in ("image_tokens", "text_tokens")}
+    return {
+        **engine_usage,
+        "input_tokens_details": {**details, **counts},
+        "visual_tokens": ours["visual_tokens"],
+    }
+
+
+def _texts(asked: ResponsesRequest) -> Iterator[str]:
+    if asked.instructions is not None:
+        yield asked.instructions
+    if isinstance(asked.input, str):
+        yield asked.input
+        return
+    for message in asked.input:
+        if isinstance(message.content, str):
+            yield message.content
+        else:
+            yield from (part.text for part in message.content if hasattr(part, "text"))
+
+
+def _event(kind: str, event: Mapping[str, Any]) -> bytes:
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {kind}\ndata: {data}\n\n".encode()
