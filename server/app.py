@@ -10,11 +10,12 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server import openapi, passthrough, routes
+from server import openapi, routes
 from server.access import AccessMiddleware
 from server.admission import Admission
 from server.api_keys import ApiKeys
 from server.chat import ChatHandler
+from server.dispatch import Dispatcher
 from server.drain import Drain
 from server.engine_pool import EnginePool
 from server.error_response import error_response
@@ -24,9 +25,12 @@ from server.intake import Intake
 from server.metrics import Metrics
 from server.models import model_routes
 from server.operations import metric_routes, probe_routes
+from server.passthrough import CompletionHandler, TokenizeHandler
 from server.pictures import PictureLoader
+from server.planner import Planner
 from server.rate_limits import RateLimits
 from server.recording import RecordingMiddleware, record_of
+from server.responses import ResponsesHandler
 from server.settings import Settings
 from server.tracing import make_tracing
 from server.version import package_version
@@ -43,8 +47,12 @@ def create_app(settings: Settings, engines: EnginePool, drain: Drain | None = No
     admission = Admission(settings, lambda: engines.capacity)
     engines.on_capacity_change = admission.update
     fetcher = ImageFetcher(settings)
-    intake = Intake(settings, drain, rates)
-    chat = ChatHandler(settings, engines, intake, PictureLoader(settings, fetcher), rates, admission)
+    intake, dispatcher = Intake(settings, drain, rates), Dispatcher(engines, admission)
+    planner = Planner(settings, engines, PictureLoader(settings, fetcher), rates)
+    chat = ChatHandler(intake, planner, dispatcher)
+    responses = ResponsesHandler(intake, planner, dispatcher)
+    completions = CompletionHandler(intake, dispatcher)
+    tokens = TokenizeHandler(intake, engines)
     metrics, tracing = Metrics(), make_tracing(settings)
     metrics.watch_queue(lambda: admission.queue_depth)
     for name in engines.names:
@@ -72,15 +80,10 @@ def create_app(settings: Settings, engines: EnginePool, drain: Drain | None = No
     )
     app.post(routes.CHAT)(chat.complete)
     app.post(routes.COUNT)(chat.count)
-
-    @asynccontextmanager
-    async def admit(cost: int) -> AsyncIterator[float]:
-        if not await engines.is_ready():
-            raise engines.refusal()
-        async with admission.admit(cost) as seconds:
-            yield seconds
-
-    passthrough.add_routes(app, engines, intake.read, admit)
+    app.post(routes.COMPLETIONS)(completions.complete)
+    app.post(routes.RESPONSES)(responses.respond)
+    app.post(routes.TOKENIZE)(tokens.tokenize)
+    app.post(routes.DETOKENIZE)(tokens.detokenize)
     openapi.add_route(app)
     app.include_router(model_routes(settings, engines))
     app.include_router(probe_routes(engines, drain))

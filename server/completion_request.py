@@ -6,9 +6,10 @@ from typing import Annotated, Any, Final, TypeAlias
 
 from pydantic import Discriminator, Field, StrictStr, Tag
 
+from server.cost import estimate_text_tokens
 from server.errors import InvalidRequestError
 from server.generation_fields import INT32_MAX, GenerationBody, TokenId
-from server.request_body import dump_json, parse_body, text_tokens
+from server.request_body import dump_json, parse_body
 
 MAX_SEQUENCES: Final = 1024
 """Prompts times choices of one request; vLLM's own bound of prompts."""
@@ -57,7 +58,7 @@ class CompletionRequest(GenerationBody):
     def cost(self) -> int:
         """About how many tokens the prompts have."""
         ids = sum(len(prompt) for prompt in self.prompts if isinstance(prompt, list))
-        return ids + text_tokens([prompt for prompt in self.prompts if isinstance(prompt, str)])
+        return ids + estimate_text_tokens(prompt for prompt in self.prompts if isinstance(prompt, str))
 
     def engine_body(self) -> bytes:
         """The engine's request as JSON.

@@ -39,8 +39,9 @@ class Intake:
         request.scope["visiondrop.lease"] = lease
         return await read_json_body(request, self._settings, lease)
 
-    def lease(self, request: Request) -> MemoryLease:
-        """What the request holds of the memory for bodies and pictures."""
-        lease = request.scope["visiondrop.lease"]
-        assert isinstance(lease, MemoryLease)
-        return lease
+
+def lease_of(request: Request) -> MemoryLease:
+    """What the request holds of the memory for bodies and pictures."""
+    lease = request.scope["visiondrop.lease"]
+    assert isinstance(lease, MemoryLease)
+    return lease

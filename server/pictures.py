@@ -26,7 +26,7 @@ class PictureLoader:
         self._fetcher = fetcher
         self._threads = anyio.CapacityLimiter(settings.image_threads)
 
-    def check_number(self, num_pictures: int) -> None:
+    def check_number(self, num_pictures: int, param: str) -> None:
         """
         Raises:
             InvalidRequestError: more pictures than a request may have.
@@ -35,7 +35,7 @@ class PictureLoader:
         if num_pictures > limit:
             raise InvalidRequestError(
                 f"the request has {num_pictures} images; at most {limit} are accepted",
-                param="messages",
+                param=param.partition("[")[0],
                 code="too_many_images",
             )
 

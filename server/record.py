@@ -20,6 +20,9 @@ from vd_plugin.schedule import Geometry, Schedule, prefill_flops
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
+_LONGEST_MODEL: Final = 128
+"""Characters of a model's name in the log: clients may write what they like there."""
+
 
 def visual_tokens(schedules: Sequence[Schedule]) -> dict[str, Any]:
     """What some pictures cost, as it goes on the wire: sums, and each picture with the rows of its stages."""
@@ -177,7 +180,7 @@ class RequestRecord:
             "route": self.route,
             "status": self.status,
             "error": self.failure,
-            "model": self.model,
+            "model": None if self.model is None else self.model[:_LONGEST_MODEL],
             "stream": self.stream,
             "budget_class": self.budget_class,
             "visual_tokens": self.visual_tokens(),

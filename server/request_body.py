@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import pydantic_core
@@ -95,11 +95,3 @@ def dump_json(payload: Mapping[str, Any]) -> bytes:
     except ValueError:
         raise InvalidRequestError("the request has a number that is too large") from None
     return data
-
-
-def text_tokens(texts: Sequence[str]) -> int:
-    """About how many tokens some texts will be; only the engine has the tokenizer."""
-    return sum(len(text) for text in texts) // _CHARACTERS_PER_TOKEN + len(texts)
-
-
-_CHARACTERS_PER_TOKEN = 4

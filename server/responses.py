@@ -6,82 +6,53 @@ vLLM's usage of this route has no count of visual tokens, so that here they are 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
-from typing import Any, Final, Protocol
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from typing import Any, Final
 
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.budget import effective_budget
+from server.cost import estimate_text_tokens
 from server.disconnect import until_disconnect
-from server.engine_client import EngineCall, EventSource, error_from_engine
+from server.dispatch import Dispatcher
+from server.engine_client import EventSource, error_from_engine
 from server.errors import EngineFailedError, GatewayError
-from server.images import CheckedImage
-from server.passthrough import Admit, AdmittedSource, Engine, ReadBody, admit_all, discard_stream
+from server.intake import Intake
+from server.planner import Planner
 from server.record import RequestRecord
 from server.recording import record_of
-from server.relay import EventStream
-from server.request_body import text_tokens
 from server.responses_request import ResponsesRequest, parse_responses_request
-from server.schemas import ImagePart
-from vd_plugin.schedule import Budget
-
-ROUTE: Final = "/v1/responses"
 
 _LAST: Final = ("response.completed", "response.incomplete", "response.failed")
-
-
-class Pictured(Protocol):
-    """A request with pictures, whatever its route."""
-
-    @property
-    def visual_token_budget(self) -> Budget | None: ...
-
-    def image_parts(self) -> Iterator[tuple[str, ImagePart]]: ...
-
-
-class Prepare(Protocol):
-    """Checks the pictures of a request and plans their budgets: fills `record.geometry` and `record.schedules`."""
-
-    async def __call__(self, request: Pictured, record: RequestRecord) -> Sequence[CheckedImage]: ...
 
 
 class ResponsesHandler:
     """Serves POST /v1/responses."""
 
-    def __init__(self, engine: Engine, read_body: ReadBody, prepare: Prepare, admit: Admit = admit_all) -> None:
-        self._engine = engine
-        self._read_body = read_body
-        self._prepare = prepare
-        self._admit = admit
+    def __init__(self, intake: Intake, planner: Planner, dispatcher: Dispatcher) -> None:
+        self._intake = intake
+        self._planner = planner
+        self._dispatcher = dispatcher
 
-    async def handle(self, request: Request, record: RequestRecord) -> Response:
-        """Serve one request and fill its record.
+    async def respond(self, request: Request) -> Response:
+        """Answer one request.
 
         Raises:
             GatewayError: whatever goes wrong before the first byte of the answer.
         """
-        asked = parse_responses_request(await self._read_body(request))
+        asked = parse_responses_request(await self._intake.read(request))
+        record = record_of(request)
         record.model, record.stream = asked.model, bool(asked.stream)
-        return await until_disconnect(request.receive, lambda: self._serve(asked, record), discard_stream)
+        return await until_disconnect(request.receive, lambda: self._respond(request, asked))
 
-    async def _serve(self, asked: ResponsesRequest, record: RequestRecord) -> Response:
-        images = await self._prepare(asked, record)
+    async def _respond(self, request: Request, asked: ResponsesRequest) -> Response:
+        images, record = await self._planner.plan(request, asked), record_of(request)
         budgets = [effective_budget(schedule) for schedule in record.schedules]
-        body = asked.engine_body([image.url for image in images], budgets)
-        cost = text_tokens(list(_texts(asked))) + record.kept
-        call = EngineCall(ROUTE, body, record.request_id, cost=cost)
-        async with AsyncExitStack() as admission:
-            await admission.enter_async_context(self._admit(cost))
-            if asked.stream:
-                source = await self._engine.open_stream(call)
-                record.engine_answered = True
-                admitted = AdmittedSource(source, admission.pop_all())
-                return EventStream(relay_responses(admitted, record), admitted, record, headers=record.headers())
-            answer = await self._engine.complete(call)
-        record.engine_answered = True
+        body, tokens = asked.engine_body([image.url for image in images], budgets), estimate_text_tokens(_texts(asked))
+        if asked.stream:
+            return await self._dispatcher.stream(request, body, tokens, relay_responses, images)
+        answer = await self._dispatcher.answer(request, body, tokens, images)
         answer["usage"] = _usage(answer.get("usage") or {}, record)
         return JSONResponse(answer, headers=record.headers())
 
@@ -98,7 +69,7 @@ async def relay_responses(source: EventSource, record: RequestRecord) -> AsyncGe
             kind = str(event.get("type"))
             number = int(event.get("sequence_number") or number)
             if kind.endswith(".delta"):
-                record.mark_first_token()
+                record.mark_token()
             response = event.get("response")
             if isinstance(response, dict) and response.get("usage"):
                 response["usage"] = _usage(response["usage"], record)
@@ -107,19 +78,10 @@ async def relay_responses(source: EventSource, record: RequestRecord) -> AsyncGe
                 return
         raise EngineFailedError("the engine's answer ended too early", code="engine_failed")
     except GatewayError as error:
-        record.mark_failure(error.status, error.message)
+        record.mark_failure(error)
         body = error.body()
         # OpenAI's event has the fields of the error object at its top; its clients look for `error`, too.
         yield _event("error", {**body["error"], "type": "error", "sequence_number": number + 1, **body})
-
-
-def add_route(app: FastAPI, engine: Engine, read_body: ReadBody, prepare: Prepare, admit: Admit = admit_all) -> None:
-    """Give an app the route of this file."""
-    handler = ResponsesHandler(engine, read_body, prepare, admit)
-
-    @app.post(ROUTE)
-    async def responses(request: Request) -> Response:
-        return await handler.handle(request, record_of(request))
 
 
 def _read_event(data: bytes) -> dict[str, Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -15,12 +13,8 @@ from fake_engine import MODEL, sse_data
 from gateway import make_app
 from metric_text import metrics_of
 from pictures import picture
-from starlette.requests import Request
 from text_engine import TextEngine
 
-from server.engine_client import HttpEngineClient
-from server.passthrough import CompletionHandler
-from server.record import RequestRecord
 from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -120,48 +114,6 @@ async def test_a_client_that_goes_away_frees_the_engine(
     await asyncio.wait_for(engine.asked.wait(), timeout=5)
     task.cancel()
     await asyncio.wait_for(engine.closed.wait(), timeout=2)
-
-
-async def test_admission_lasts_until_the_last_byte(engine: TextEngine) -> None:
-    """A request leaves with its stream, or at once where the engine refuses it; its cost is that of its prompts."""
-    inflight: list[int] = []
-
-    @asynccontextmanager
-    async def admit(cost: int) -> AsyncIterator[None]:
-        inflight.append(cost)
-        try:
-            yield
-        finally:
-            inflight.remove(cost)
-
-    async def read_body(_: Request) -> bytes:
-        return body
-
-    async def never() -> dict[str, Any]:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    client = HttpEngineClient(AsgiTransport(engine))
-    handler = CompletionHandler(client, read_body, admit)
-    sent: list[dict[str, Any]] = []
-    seen: list[list[int]] = []
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-        seen.append(list(inflight))
-
-    scope = {"type": "http", "method": "POST", "path": ROUTE, "headers": []}
-    body = b'{"prompt": [[1, 2], [3]], "stream": true}'
-    response = await handler.handle(Request(scope, never), RequestRecord("r", ROUTE))
-    assert inflight == [3]
-    await response(scope, never, send)
-    assert seen == [[3]] * len(sent)
-    assert not inflight
-    engine.refusal = (400, {})
-    with pytest.raises(Exception, match="refused"):
-        await handler.handle(Request(scope, never), RequestRecord("r", ROUTE))
-    assert not inflight
-    await client.aclose()
 
 
 async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engine: TextEngine) -> None:

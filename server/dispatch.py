@@ -1,0 +1,73 @@
+"""From a planned request to its answer: a place in the queue, an engine, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, TypeAlias
+
+from starlette.requests import Request
+
+from server.admission import Admission
+from server.cost import request_cost
+from server.engine_client import EngineCall, EventSource
+from server.engine_pool import EnginePool
+from server.images import CheckedImage
+from server.record import RequestRecord
+from server.recording import record_of, resources_of
+from server.relay import EventStream
+
+Relay: TypeAlias = Callable[[EventSource, RequestRecord], AsyncGenerator[bytes, None]]
+"""The engine's events to the client's."""
+
+
+class Dispatcher:
+    """Sends requests to the engines, as many at a time as they take."""
+
+    def __init__(self, engines: EnginePool, admission: Admission) -> None:
+        self._engines = engines
+        self._admission = admission
+
+    async def answer(
+        self, request: Request, body: bytes, text_tokens: int, images: Sequence[CheckedImage] = ()
+    ) -> dict[str, Any]:
+        """The engine's whole answer.
+
+        Args:
+            body: what the engine gets, on the path that the client used.
+            text_tokens: about how many tokens its text has.
+            images: its pictures; the record has their schedules.
+
+        Raises:
+            GatewayError: there is no place for the request, or the engine refuses it or fails.
+        """
+        call = await self._enter(request, body, text_tokens, images)
+        answer = await self._engines.complete(call)
+        record_of(request).engine_answered = True
+        return answer
+
+    async def stream(
+        self,
+        request: Request,
+        body: bytes,
+        text_tokens: int,
+        relay: Relay,
+        images: Sequence[CheckedImage] = (),
+    ) -> EventStream:
+        """The engine's streamed answer; returns once the engine has accepted the request. Arguments as for `answer`."""
+        record = record_of(request)
+        source = await self._engines.open_stream(await self._enter(request, body, text_tokens, images))
+        resources_of(request).push_async_callback(source.aclose)
+        record.engine_answered = True
+        return EventStream(relay(source, record), source, record, headers=record.headers())
+
+    async def _enter(
+        self, request: Request, body: bytes, text_tokens: int, images: Sequence[CheckedImage]
+    ) -> EngineCall:
+        """Wait for a place, which the request holds until its answer is over."""
+        record = record_of(request)
+        cost = request_cost(text_tokens, record.schedules)
+        if not await self._engines.is_ready():
+            raise self._engines.refusal()
+        record.queue_seconds = await resources_of(request).enter_async_context(self._admission.admit(cost))
+        pictures = tuple(hash(image.url) for image in images)
+        return EngineCall(record.route, body, record.request_id, record.trace_headers, cost, pictures)
