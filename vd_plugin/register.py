@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vd_plugin.cpu.interpreter import mend_masked_store
+from vd_plugin.cpu.interpreter import mend_masked_store, mend_top_k_top_p
 from vd_plugin.options import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def register() -> None:
             prepare_staged_engine(vllm_config)
 
     mend_masked_store()
+    mend_top_k_top_p()
     known = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES.values():
         if architecture not in known:

@@ -73,6 +73,7 @@ class FakeEngine:
         self.is_up = True
         self.extra_image_tokens = 0
         self.reports_details = True
+        self.decodes = True
         self.geometry: dict[str, Any] | None = {"geometry": GEOMETRY.to_dict(), "plugin_version": "0.1.0"}
 
     @property
@@ -184,6 +185,8 @@ class FakeEngine:
         self.num_steps += 1
 
     def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self.decodes:
+            return {"prompt_tokens": TEXT_TOKENS, "completion_tokens": len(WORDS), "total_tokens": 0}
         pictures = list(pictures_of(body))
         budgets = body.get("mm_processor_kwargs", {}).get("visual_token_budget", [])
         assert len(budgets) == len(pictures)

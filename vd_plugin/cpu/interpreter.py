@@ -38,3 +38,21 @@ def mend_masked_store() -> None:
 
     create_masked_store.is_mended = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_masked_store = create_masked_store
+
+
+def mend_top_k_top_p() -> None:
+    """Let vLLM choose among the likeliest tokens with torch, as it does without Triton. Idempotent; idle as above.
+
+    vLLM's kernel for it calls a method of its loop's variable, which interpreted is a plain integer: the engine died at
+    the first request with `top_p` or `top_k`. REMOVE WHEN: the interpreter's `range` gives tensors.
+
+    Raises:
+        RuntimeError: this is not the sampler that the mend was written for.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu":
+        return
+    from vllm.v1.sample.ops import topk_topp_sampler as sampler
+
+    if not isinstance(getattr(sampler, "HAS_TRITON", None), bool) or not hasattr(sampler, "apply_top_k_top_p_pytorch"):
+        raise RuntimeError(f"vLLM's top-k sampler has changed; see {__name__}")
+    sampler.HAS_TRITON = False
