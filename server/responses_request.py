@@ -11,7 +11,7 @@ from server.budget_field import BudgetField
 from server.errors import InvalidRequestError
 from server.generation_fields import INT32_MAX, Count, Stop, StructuredOutputs, TokenId
 from server.picture_marker import refuse_markers
-from server.request_body import RequestBody, dump_json, parse_body, read_object
+from server.request_body import RequestBody, Slots, dump_json, parse_body, read_object
 from server.schemas import ImagePart, ImageUrl, RefusalPart
 
 _STATELESS: Final = "this server keeps no responses; send the conversation itself as 'input'"
@@ -217,15 +217,16 @@ class ResponsesRequest(RequestBody):
         """
         payload = {name: value for name, value in self.sent.items() if name != "visual_token_budget"}
         payload["store"] = False
+        slots = Slots()
         if urls:
             turns = [{**turn} for turn in self.sent["input"]]
             for (turn, place, _), url in zip(self._pictures(), urls, strict=True):
                 content = [*turns[turn]["content"]]
-                content[place] = {"type": "input_image", "image_url": url, "detail": "auto"}
+                content[place] = {"type": "input_image", "image_url": slots.add(url), "detail": "auto"}
                 turns[turn]["content"] = content
             payload["input"] = turns
             payload["mm_processor_kwargs"] = {"visual_token_budget": list(budgets)}
-        return dump_json(payload)
+        return slots.fill(dump_json(payload))
 
     def _pictures(self) -> Iterator[tuple[int, int, InputImage]]:
         for turn, message in enumerate(self.input if isinstance(self.input, list) else ()):
