@@ -258,8 +258,8 @@ def _success(entry: Operation, reference: Mapping[type[BaseModel], dict[str, Any
         content = {"application/json": {"schema": reference[entry.answer]}}
     if entry.streams:
         content["text/event-stream"] = {
+            # Of no type: OpenAPI 3.1 does not say whether a stream's schema is that of its text or of one event.
             "schema": {
-                "type": "string",
                 "description": "With `stream`: events `data: {...}`, each a part of the answer; chat and text "
                 "completions end with `data: [DONE]`. "
                 "A failure on the way is an event with the error object, and the last.",

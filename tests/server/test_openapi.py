@@ -141,6 +141,12 @@ def test_examples_are_valid_and_served(url: str, document: dict[str, Any]) -> No
             validator(document, content["schema"]).validate(content["example"])
             response = httpx.post(url + path, json=content["example"])
             assert response.status_code == 200, response.text
+            answers = item["post"]["responses"]["200"]["content"]
+            if "text/event-stream" in answers:
+                streamed = httpx.post(url + path, json={**content["example"], "stream": True})
+                assert streamed.headers["content-type"].startswith("text/event-stream")
+                schema = schemathesis.openapi.from_url(f"{url}{openapi.ROUTE}")
+                schema[path]["POST"].validate_response(streamed)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class TextEngine(FakeEngine):
         if self.refusal is not None:
             await reply.json(*self.refusal)
         elif path == "/tokenize":
-            words = str(body.get("prompt") or body["messages"]).split()
+            words = str(body["prompt"] if "prompt" in body else body["messages"]).split()
             strs = words if body.get("return_token_strs") else None
             answer = {"count": len(words), "max_model_len": 99, "tokens": list(range(len(words))), "token_strs": strs}
             await reply.json(200, answer)
@@ -43,7 +43,9 @@ class TextEngine(FakeEngine):
         details = {"cached_tokens": 0, "created_cache_tokens": None, "multimodal_tokens": None}
         usage = {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6, "prompt_tokens_details": details}
         if not body.get("stream"):
-            choices = [{"index": place, "text": "a b", "finish_reason": "stop"} for place in range(body.get("n", 1))]
+            choices = [
+                {"index": place, "text": "a b", "finish_reason": "stop"} for place in range(int(body.get("n", 1)))
+            ]
             await reply.json(200, {**head, "choices": choices, "usage": usage})
             return
         await reply.start(200, "text/event-stream")
