@@ -111,6 +111,41 @@ def test_the_mend_of_the_interpreter_is_applied_once(monkeypatch: pytest.MonkeyP
     assert InterpreterBuilder.create_masked_store is first
 
 
+def test_the_likeliest_tokens_are_chosen_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.sample.ops import topk_topp_sampler as sampler
+
+    from vd_plugin.cpu.interpreter import mend_top_k_top_p
+
+    monkeypatch.setattr(sampler, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_DEFAULT_BACKEND", "cuda")
+    mend_top_k_top_p()
+    assert sampler.HAS_TRITON, "a machine with a GPU keeps its kernel"
+    monkeypatch.setenv("TRITON_DEFAULT_BACKEND", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    mend_top_k_top_p()
+    assert not sampler.HAS_TRITON
+    monkeypatch.delattr(sampler, "apply_top_k_top_p_pytorch")
+    with pytest.raises(RuntimeError, match="has changed"):
+        mend_top_k_top_p()
+
+
+def test_amx_is_asked_for_on_cpu_engines_alone() -> None:
+    """The kernel's own account: which features the process has been permitted (ARCH_GET_XCOMP_PERM)."""
+    ask = """
+import ctypes, os, sys
+os.environ["TRITON_DEFAULT_BACKEND"] = sys.argv[1]
+from vd_plugin.cpu.amx import ask_for_tiles
+answer, permitted = ask_for_tiles(), ctypes.c_uint64()
+ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(permitted))
+print(answer, bool(permitted.value >> 18 & 1))
+"""
+    has_amx = "amx_tile" in Path("/proc/cpuinfo").read_text()
+    for backend, expected in (("cuda", False), ("cpu", has_amx)):
+        command = [sys.executable, "-c", ask, backend]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert answer == [str(expected)] * 2
+
+
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [

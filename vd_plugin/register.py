@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vd_plugin.cpu.amx import ask_for_tiles
 from vd_plugin.cpu.interpreter import mend_masked_store, mend_top_k_top_p
 from vd_plugin.options import ARCHITECTURES
 
@@ -24,6 +25,7 @@ def register() -> None:
             check_engine(vllm_config)
             prepare_staged_engine(vllm_config)
 
+    ask_for_tiles()
     mend_masked_store()
     mend_top_k_top_p()
     known = ModelRegistry.get_supported_archs()
