@@ -1,8 +1,8 @@
 """Permission to use AMX, which Linux gives to a process only when it asks (arch/x86/kernel/fpu/xstate.c).
 
-vLLM's CPU kernels use AMX tiles where the processor has them, and count on oneDNN to have asked. oneDNN asks at its first
-product of two matrices; if the first request of all is a single token, its products are of a matrix and a vector, and
-the worker dies of an illegal instruction. So it is asked for when the engine's processes start.
+vLLM's CPU kernels use AMX tiles where the processor has them, and count on oneDNN to have asked. oneDNN asks at its
+first product of two matrices; if the first request of all is a single token, its products are of a matrix and a vector,
+and the worker dies of an illegal instruction. So it is asked for when the engine's processes start.
 
 REMOVE WHEN: `{"prompt": [1], "max_tokens": 1}` as the first request leaves a CPU engine alive without it.
 """
