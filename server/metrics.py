@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from server import routes
 from server.budget import CLASSES, budget_class, effective_budget
@@ -25,6 +33,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        disable_created_metrics()  # Prometheus makes nothing of them, and they double the number of series
         build = Info("visiondrop_build", "What is running.", registry=self.registry)
         build.info({"version": package_version(), "rule_version": str(RULE_VERSION)})
         self._requests = self._counter("requests", "Requests by outcome.", "route", "code", "budget_class")

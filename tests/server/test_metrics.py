@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
+import subprocess
 
 import httpx
 import pytest
@@ -83,3 +86,15 @@ async def test_engine_without_token_details_is_taken_at_its_word(client: httpx.A
     tokens = resolve(GEOMETRY, 50, 100, 640).num_placeholders
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": tokens, "text_tokens": TEXT_TOKENS}
     assert metric(await metrics_of(client), "visiondrop_schedule_mismatch_total") == 0
+
+
+async def test_prometheus_own_linter_has_no_complaint(client: httpx.AsyncClient) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool, which comes with Prometheus, is not installed")
+    await client.post("/v1/chat/completions", json=ask(picture()))
+    text = await metrics_of(client)
+    command = [promtool, "check", "metrics"]
+    lint = await asyncio.to_thread(subprocess.run, command, input=text, capture_output=True, text=True, check=False)
+    assert (lint.returncode, lint.stdout + lint.stderr) == (0, "")
+    assert "_created" not in text
