@@ -28,4 +28,5 @@ def ask_for_tiles() -> bool:
     is_cpu_engine = os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu"
     if not is_cpu_engine or sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    return ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
+    status: int = ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
+    return status == 0
