@@ -3,6 +3,7 @@
 
 PORT ?= 8000
 ARGS ?=
+WORKERS ?= 2
 
 bin := .venv/bin
 model := .cache/demo-model
@@ -24,8 +25,8 @@ serve: setup ## Serve the demo checkpoint until Ctrl-C (PORT=8000, ARGS="more op
 	@$(bin)/python -m vd_plugin.demo_checkpoint $(model)
 	@$(bin)/visiondrop serve $(model) --port $(PORT) $(ARGS)
 
-test: setup ## Run the tests (ARGS="-m 'not engine' -k schedule" and the like)
-	@$(bin)/python -m pytest $(ARGS)
+test: setup ## Run the tests (ARGS="-m 'not engine' -k schedule" and the like; WORKERS=0 for one process)
+	@$(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 clients: setup ## Install the clients that tests/clients runs (needs Node.js 20 or newer)
 	@PYTHON=$(bin)/python tests/clients/install.sh

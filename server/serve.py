@@ -29,6 +29,7 @@ from server.engine_pool import EnginePool
 from server.errors import EngineFailedError, EngineUnreachableError, GatewayError
 from server.http_server import HttpServer, allowed_connections
 from server.listener import Address, StartError, bound_socket, url_of, why_not_bound
+from server.loop_noise import quieten
 from server.metrics_listener import serve_metrics
 from server.progress import Progress
 from server.settings import Settings
@@ -274,6 +275,7 @@ def _stop_on_signals(kill: Callable[[], None]) -> asyncio.Event:
         say("stopping (once more to stop at once)")
 
     loop = asyncio.get_running_loop()
+    quieten(loop)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     return stop

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -23,8 +25,9 @@ class Gateway:
 
     def __init__(self, folder: Path, mode: str, *options: str, **settings: object) -> None:
         self.said_path = folder / "stderr"
-        self.temp = folder / "tmp"
-        self.temp.mkdir()
+        self.temp = Path(
+            tempfile.mkdtemp(prefix="vd-")
+        )  # a socket's path may have 107 bytes, pytest's folders are deep
         environment = {**os.environ, "TMPDIR": str(self.temp), "PYTHONPATH": str(ROOT)}
         environment |= {f"VISIONDROP_{name.upper()}": str(value) for name, value in settings.items()}
         serve = [sys.executable, str(HERE / "serve_fake.py"), mode]
@@ -112,3 +115,4 @@ def gateways(folder: Path) -> Generator[Start, None, None]:
             if gateway.process.poll() is None:
                 gateway.process.kill()
                 gateway.process.wait()
+            shutil.rmtree(gateway.temp, ignore_errors=True)
