@@ -18,6 +18,9 @@ from server.budget import HEADER, effective_budget, request_class
 from server.errors import GatewayError
 from vd_plugin.schedule import Geometry, Schedule, prefill_flops
 
+REFUSAL: Final = "visiondrop.refusal"
+"""Where an ASGI scope holds the error with which the connection itself ended a request: late, broken, cut off."""
+
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 _LONGEST_MODEL: Final = 128

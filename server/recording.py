@@ -18,7 +18,7 @@ from server import routes
 from server.error_response import error_response
 from server.errors import InternalError
 from server.metrics import Metrics
-from server.record import RequestRecord, choose_request_id
+from server.record import REFUSAL, RequestRecord, choose_request_id
 from server.tracing import Tracing
 
 REQUEST_LOG: Final = "visiondrop.requests"
@@ -87,6 +87,8 @@ class RecordingMiddleware:
             if record.sent_status is None:
                 await error_response(error)(scope, receive, send_with_id)
         finally:
+            if REFUSAL in scope:
+                record.mark_failure(scope[REFUSAL])  # to the app it looked as if the client had left
             record.mark_end()
             self._metrics.observe(record, is_work=is_work)
             if record.is_mismatch:
