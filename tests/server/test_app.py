@@ -86,6 +86,13 @@ async def test_pictures_of_all_turns_are_planned_in_order_of_appearance(
     assert usage["visual_tokens"]["saved"] == sum(plan.saved for plan in plans)
 
 
+async def test_two_budgets_in_headers_are_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    headers = [("X-Visual-Token-Budget", "64"), ("X-Visual-Token-Budget", "0")]
+    response = await client.post(CHAT, json=ask(picture()), headers=headers)
+    assert_error(response, 400, "X-Visual-Token-Budget", "64, 0")
+    assert not engine.bodies
+
+
 async def test_text_only_requests_carry_no_budget(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     response = await client.post(CHAT, json=body)
