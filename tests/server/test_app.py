@@ -363,7 +363,11 @@ async def test_engine_that_does_not_fit_is_refused(
 ) -> None:
     engine.geometry = geometry
     assert_error(await client.get("/ready"), 503, None, "the engine")
-    assert_error(await client.post(CHAT, json=ask(picture())), 503, None, "the engine")
+    response = await client.post(CHAT, json=ask(picture()))
+    assert_error(response, 503, None, "the engine")
+    assert response.json()["error"]["code"] == "engine_mismatch"
+    assert 1 <= int(response.headers["retry-after"]) <= 120
+    assert metric(await metrics_of(client), 'visiondrop_rejections_total{reason="engine_down"}') == 2
     assert not engine.bodies
 
 
