@@ -164,6 +164,29 @@ async def test_requests_above_capacity_wait_and_then_run_in_order(engine: FakeEn
         assert len(engine.bodies) == 2
 
 
+LONG = "a lot " * 100
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "description": LONG}}]},
+        {"documents": [{"text": LONG}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": LONG}}]}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": LONG}]}]},
+    ],
+)
+async def test_all_text_of_a_prompt_has_its_cost(engine: FakeEngine, fields: dict[str, Any]) -> None:
+    engine.hold = True
+    async with (
+        gateway(engine, max_inflight_tokens=100, queue_seconds=0.1) as client,
+        client.stream("POST", CHAT, json=ask(stream=True)) as response,
+    ):
+        await anext(response.aiter_bytes())
+        late = await client.post(CHAT, json={**ask(), **fields})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_timeout")
+
+
 async def test_stream_keeps_its_place_until_its_last_byte(engine: FakeEngine) -> None:
     engine.hold = True
     async with gateway(engine, max_inflight_tokens=100, queue_seconds=0.1) as client:
