@@ -161,7 +161,7 @@ class RequestRecord:
             "prompt_tokens_details": {
                 "cached_tokens": details.get("cached_tokens") or 0,
                 "image_tokens": self.image_tokens,
-                "text_tokens": (self.prompt_tokens or 0) - self.image_tokens,
+                "text_tokens": max((self.prompt_tokens or 0) - self.image_tokens, 0),
             },
             "visual_tokens": self.visual_tokens(),
         }

@@ -321,6 +321,22 @@ async def test_failure_in_mid_stream_ends_it_with_an_error_event(
     assert metric(await metrics_of(client), series) == 1
 
 
+async def test_defect_in_mid_stream_ends_it_with_an_error_event(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr("server.record.RequestRecord.mark_token", fail)
+    async with client.stream("POST", CHAT, json=ask(stream=True)) as response:
+        events = await sse_data(response.aiter_bytes())
+    assert json.loads(events[-1])["error"]["code"] == "internal_error"
+    assert "a defect" in caplog.text
+    assert "a defect" not in events[-1]
+    text = await metrics_of(client)
+    assert metric(text, f'visiondrop_requests_total{{budget_class="none",code="500",route="{CHAT}"}}') == 1
+
+
 @pytest.mark.parametrize("moment", ["mid_stream", "before_stream", "whole_answer"])
 async def test_client_that_goes_away_frees_the_engine_at_once(
     client: httpx.AsyncClient, engine: FakeEngine, moment: str
