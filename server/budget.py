@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from starlette.datastructures import Headers
+
 from server.errors import InvalidRequestError
 from server.images import CheckedImage
 from vd_plugin.schedule import FULL, PRESETS, Budget, BudgetError, Geometry, Schedule, parse_budget, resolve
@@ -70,6 +72,27 @@ def parse_header(value: str | None) -> Budget | None:
         raise InvalidRequestError(str(error), param=HEADER, code="invalid_budget") from None
 
 
+def header_budget(headers: Headers) -> Budget | None:
+    """The budget in a request's headers. Raises as `parse_header`; also for a header that is there more than once."""
+    values = headers.getlist(HEADER)
+    return parse_header(", ".join(values) if values else None)
+
+
+def refuse_without_pictures(body: Budget | None, header: Budget | None) -> None:
+    """For a request without pictures.
+
+    Raises:
+        InvalidRequestError: a budget was given, and there is no picture that it could be for.
+    """
+    for param, budget in ((PARAM, body), (HEADER, header)):
+        if budget is not None:
+            raise InvalidRequestError(
+                "a visual token budget was given, but the request has no images: leave it out",
+                param=param,
+                code="invalid_budget",
+            )
+
+
 def choose_budgets(
     pictures: Sequence[tuple[str, PictureWish]],
     body: Budget | None,
@@ -87,13 +110,7 @@ def choose_budgets(
         InvalidRequestError: a budget was given, and there is no picture that it could be for.
     """
     if not pictures:
-        for param, budget in ((PARAM, body), (HEADER, header)):
-            if budget is not None:
-                raise InvalidRequestError(
-                    "a visual token budget was given, but the request has no images: leave it out",
-                    param=param,
-                    code="invalid_budget",
-                )
+        refuse_without_pictures(body, header)
     shared = Choice(default, None)
     if header is not None:
         shared = Choice(header, HEADER)

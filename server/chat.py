@@ -13,6 +13,7 @@ A client that goes away at any point stops the work: what is awaited is cancelle
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -98,11 +99,17 @@ def _check_pruned(chat: ChatRequest, record: RequestRecord) -> None:
 
 
 def _texts(chat: ChatRequest) -> Iterator[str]:
-    for message in chat.messages:
+    """All that the template may write into the prompt."""
+    for message, sent in zip(chat.messages, chat.sent["messages"], strict=True):
         if isinstance(message.content, str):
             yield message.content
         else:
             for part in message.content or ():
-                text = getattr(part, "text", None)
+                text = getattr(part, "text", None) or getattr(part, "refusal", None)
                 if isinstance(text, str):
                     yield text
+        if rest := {name: value for name, value in sent.items() if name not in ("role", "content")}:
+            yield json.dumps(rest, ensure_ascii=False)
+    for name in ("tools", "documents"):
+        if name in chat.sent:
+            yield json.dumps(chat.sent[name], ensure_ascii=False)

@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from server.errors import GatewayError, InvalidRequestError, OverloadedError, SlowRequestError
-from server.record import choose_request_id
+from server.record import REFUSAL, RequestRecord, choose_request_id
 from server.settings import Settings
 
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -143,7 +143,7 @@ class ConnectionGuard(H11Protocol):
         if self.cycle.response_started and self.cycle.scope.get(_EVENT_STREAM):
             event = b"data: " + _dump(error) + b"\n\n"
             self._write(h11.Data(event), h11.EndOfMessage())
-            self._disconnect_app()
+            self._disconnect_app(error)
             self.transport.close()
         else:
             self._refuse(error)
@@ -228,11 +228,12 @@ class ConnectionGuard(H11Protocol):
         self._is_refused = True
         self.waiting.pop(self, None)
         self._unset_keepalive_if_required()
-        self._disconnect_app()
+        request_id = self._request_id()
+        self._disconnect_app(error)
         if not can_answer:
             self.transport.abort()
             return
-        self._write(*_answer(error, status or error.status, self.server_state.default_headers))
+        self._write(*_answer(error, status or error.status, self.server_state.default_headers, request_id))
         if linger and self.transport.can_write_eof():
             self.transport.write_eof()
             self.flow.resume_reading()
@@ -244,9 +245,21 @@ class ConnectionGuard(H11Protocol):
         self._arm(None)
         self._deadline = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
 
-    def _disconnect_app(self) -> None:
-        """As when the connection is lost: what the app still sends goes nowhere."""
+    def _request_id(self) -> str:
+        """That of the request which is under way, so that the client's answer and the log name the same one."""
+        if self.cycle is None or self.cycle.response_complete:
+            return choose_request_id(None)
+        record = self.cycle.scope.get("visiondrop.record")
+        if isinstance(record, RequestRecord):
+            return record.request_id
+        sent = dict(self.cycle.scope["headers"]).get(b"x-request-id", b"")
+        return choose_request_id(sent.decode("latin-1"))
+
+    def _disconnect_app(self, error: GatewayError) -> None:
+        """As when the connection is lost: what the app still sends goes nowhere. It is left a note of the reason."""
         if self.cycle is not None and not self.cycle.response_complete:
+            scope: Scope = self.cycle.scope  # type: ignore[assignment]  # uvicorn's type is closed
+            scope[REFUSAL] = error
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.flow.resume_writing()
@@ -272,14 +285,16 @@ class _BoundedConnection(h11.Connection):
         return event
 
 
-def _answer(error: GatewayError, status: int, headers: list[tuple[bytes, bytes]]) -> tuple[h11.Event, ...]:
+def _answer(
+    error: GatewayError, status: int, headers: list[tuple[bytes, bytes]], request_id: str
+) -> tuple[h11.Event, ...]:
     body = _dump(error)
     own = {
         **error.headers(),
         "Content-Type": "application/json",
         "Content-Length": str(len(body)),
         "Connection": "close",
-        "X-Request-Id": choose_request_id(None),
+        "X-Request-Id": request_id,
     }
     lines = headers + [(name.encode(), value.encode()) for name, value in own.items()]
     return h11.Response(status_code=status, headers=lines), h11.Data(body), h11.EndOfMessage()

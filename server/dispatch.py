@@ -11,6 +11,7 @@ from server.admission import Admission
 from server.cost import request_cost
 from server.engine_client import EngineCall, EventSource
 from server.engine_pool import EnginePool
+from server.errors import EngineUnreachableError
 from server.images import CheckedImage
 from server.record import RequestRecord
 from server.recording import record_of, resources_of
@@ -69,5 +70,7 @@ class Dispatcher:
         if not await self._engines.is_ready():
             raise self._engines.refusal()
         record.queue_seconds = await resources_of(request).enter_async_context(self._admission.admit(cost))
+        if record.geometry is not None and record.geometry != await self._engines.geometry():
+            raise EngineUnreachableError("the engine was replaced while the request waited; try again")
         pictures = tuple(hash(image.url) for image in images)
         return EngineCall(record.route, body, record.request_id, record.trace_headers, cost, pictures)

@@ -86,6 +86,15 @@ def refusal(name: str, known: Collection[str]) -> str:
     return f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
+def message_refusal(name: str) -> str | None:
+    """Why a message may not have a field `name`; None for those that only the model's template could know."""
+    if name == "visual_token_budget" or name in _FOREIGN_BUDGETS:
+        return f"{name!r} is not permitted in a message: use 'visual_token_budget' in the request or inside 'image_url'"
+    if name == "uuid" or name.endswith("_embeds") or name in ENGINE_FIELDS:
+        return f"{name!r} cannot be set by a request to this server"
+    return None
+
+
 def part_refusal(name: str, *, inside: str) -> str:
     """Why a content part (or the `image_url` in it) has no field `name`.
 

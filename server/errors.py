@@ -146,14 +146,25 @@ class MethodNotAllowedError(GatewayError): ...
 class EngineFailedError(GatewayError): ...
 
 
-class EngineMismatchError(GatewayError): ...
+class _NoEngineError(GatewayError):
+    """No engine takes the request now. `code` is the class's own if none is given."""
 
-
-class EngineUnreachableError(GatewayError):
     reason = "engine_down"
+    own_code: str
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code or self.own_code)
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "5"}
+
+
+class EngineMismatchError(_NoEngineError):
+    own_code = "engine_mismatch"
+
+
+class EngineUnreachableError(_NoEngineError):
+    own_code = "engine_unreachable"
 
 
 class ClientDisconnectedError(GatewayError): ...

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server import answer_schema as answers
+from server.budget import HEADER
 from server.completion_request import CompletionRequest
 from server.responses_request import ResponsesRequest
 from server.schemas import ChatRequest
@@ -56,7 +57,7 @@ _PROBLEMS: Final = {
     503: "Too much to do, the server is stopping, or the engine is away.",
 }
 _ASKING: Final = tuple(_PROBLEMS)
-_LOOKING: Final = (401, 405, 429, 500, 502, 503)
+_LOOKING: Final = (401, 405, 500, 502, 503)
 _OPEN: Final = (405, 500)
 
 
@@ -130,7 +131,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("get", "/metrics/engine/{engine}"): Operation(
         "An engine's own metrics in Prometheus's text format", None, (*_LOOKING, 404), parameter="engine"
     ),
-    ("get", ROUTE): Operation("This document", answers.Document, (401, 405, 429, 500)),
+    ("get", ROUTE): Operation("This document", answers.Document, (401, 405, 500)),
 }
 
 
@@ -177,6 +178,7 @@ def document(app: FastAPI) -> dict[str, Any]:
         "components": {
             "schemas": schemas["$defs"],
             "headers": _HEADERS,
+            "parameters": _PARAMETERS,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -212,8 +214,33 @@ _HEADERS: Final[dict[str, Any]] = {
         "schema": {"type": "integer", "minimum": 0},
     },
     "X-Visual-Tokens-Saved": {"description": "Full - Kept.", "schema": {"type": "integer", "minimum": 0}},
+    "x-ratelimit-limit-requests": {
+        "description": "Requests a minute, where they are limited; likewise the next two.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "x-ratelimit-remaining-requests": {"schema": {"type": "integer", "minimum": 0}},
+    "x-ratelimit-reset-requests": {
+        "description": "When all of the limit will be there again.",
+        "schema": {"type": "string", "pattern": "^[0-9]+s$"},
+    },
 }
 
+_PARAMETERS: Final[dict[str, Any]] = {
+    "X-Request-Id": {
+        "name": "X-Request-Id",
+        "in": "header",
+        "description": "An id for logs and the answer's own header; one is made if it is missing, long or odd.",
+        "schema": {"type": "string", "maxLength": 128},
+    },
+    HEADER: {
+        "name": HEADER,
+        "in": "header",
+        "description": "Budget of pictures that have none in the body: as there, as text.",
+        "schema": {"type": "string", "pattern": "^(low|medium|high|full|3[2-9]|[4-9][0-9]|[1-9][0-9]{2,17})$"},
+    },
+}
+
+_RATES: Final = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests")
 
 _FIGURES: Final = ("X-Visual-Token-Budget", "X-Visual-Tokens-Full", "X-Visual-Tokens-Kept", "X-Visual-Tokens-Saved")
 
@@ -232,15 +259,18 @@ def _operation(
         "security": [{"key": []}, {}] if entry.needs_key else [],
         "responses": {"200": _success(entry, reference)},
     }
+    has_pictures = entry.body is not None and "visual_token_budget" in entry.body.model_fields
+    names = ("X-Request-Id", *([HEADER] if has_pictures else []))
+    operation["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in names]
     if entry.parameter is not None:
         schema = {"type": "string", "minLength": 1}
-        operation["parameters"] = [{"name": entry.parameter, "in": "path", "required": True, "schema": schema}]
+        operation["parameters"].append({"name": entry.parameter, "in": "path", "required": True, "schema": schema})
     if entry.body is not None:
         content: dict[str, Any] = {"schema": reference[entry.body]}
         if entry.example is not None:
             content["example"] = dict(entry.example)
         operation["requestBody"] = {"required": True, "content": {"application/json": content}}
-    extra = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: ("Retry-After",), 503: ("Retry-After",)}
+    extra = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: ("Retry-After", *_RATES), 503: ("Retry-After",)}
     for status in sorted(entry.statuses):
         operation["responses"][str(status)] = {
             "description": _PROBLEMS[status],
@@ -251,7 +281,7 @@ def _operation(
 
 
 def _success(entry: Operation, reference: Mapping[type[BaseModel], dict[str, Any]]) -> dict[str, Any]:
-    figures = _FIGURES if entry.counts_tokens else ()
+    figures = (*(_FIGURES if entry.counts_tokens else ()), *(_RATES if entry.body is not None else ()))
     if entry.answer is None:
         content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     else:

@@ -8,6 +8,7 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from server.budget import header_budget, refuse_without_pictures
 from server.completion_request import CompletionRequest, parse_completion_request
 from server.disconnect import until_disconnect
 from server.dispatch import Dispatcher
@@ -38,6 +39,7 @@ class CompletionHandler:
             GatewayError: whatever goes wrong before the first byte of the answer.
         """
         completion = parse_completion_request(await self._intake.read(request))
+        refuse_without_pictures(None, header_budget(request.headers))
         record = record_of(request)
         record.model, record.stream = completion.model, bool(completion.stream)
         return await until_disconnect(request.receive, lambda: self._complete(request, completion))
@@ -69,6 +71,7 @@ class TokenizeHandler:
 
     async def _relay(self, request: Request, parse: Callable[[bytes], TokenizeRequest | DetokenizeRequest]) -> Response:
         parsed = parse(await self._intake.read(request))
+        refuse_without_pictures(None, header_budget(request.headers))
         record = record_of(request)
         record.model = parsed.model
         call = EngineCall(record.route, parsed.engine_body(), record.request_id, record.trace_headers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import anyio
@@ -24,6 +24,7 @@ class PictureLoader:
     def __init__(self, settings: Settings, fetcher: ImageFetcher) -> None:
         self._settings = settings
         self._fetcher = fetcher
+        self._slots = asyncio.Semaphore(settings.image_threads)
         self._threads = anyio.CapacityLimiter(settings.image_threads)
 
     def check_number(self, num_pictures: int, param: str) -> None:
@@ -69,12 +70,19 @@ class PictureLoader:
                 if fetch is None
                 else partial(check_image_bytes, fetch.result(), self._settings, param)
             )
-            image = await anyio.to_thread.run_sync(check, limiter=self._threads)
+            image = await self._in_thread(check)
             record.image_decode_seconds.append(time.monotonic() - started)
             if not image.passed_through:
                 lease.add(len(image.url))
             images.append(image)
         return images
+
+    async def _in_thread(self, check: Callable[[], CheckedImage]) -> CheckedImage:
+        """A thread cannot be stopped: when nobody waits for it any more, it still has its place until it is done."""
+        await self._slots.acquire()
+        work = asyncio.ensure_future(anyio.to_thread.run_sync(check, limiter=self._threads))
+        work.add_done_callback(lambda _: self._slots.release())
+        return await asyncio.shield(work)
 
     async def _fetch(self, url: str, param: str, record: RequestRecord, lease: MemoryLease) -> bytes:
         started = time.monotonic()

@@ -50,7 +50,7 @@ class Planner:
         choices = budget.choose_budgets(
             [(param.rpartition(".")[0], image_url) for param, image_url in parts],
             asked.visual_token_budget,
-            budget.parse_header(request.headers.get(budget.HEADER)),
+            budget.header_budget(request.headers),
             self._settings.default_budget,
             budget.lower(key.max_budget, self._settings.max_budget),
         )

@@ -18,7 +18,11 @@ from server.budget import HEADER, effective_budget, request_class
 from server.errors import GatewayError
 from vd_plugin.schedule import Geometry, Schedule, prefill_flops
 
+REFUSAL: Final = "visiondrop.refusal"
+"""Where an ASGI scope holds the error with which the connection itself ended a request: late, broken, cut off."""
+
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_SANE_PARAM: Final = re.compile(r"[A-Za-z0-9_.\[\]-]{1,128}")
 
 _LONGEST_MODEL: Final = 128
 """Characters of a model's name in the log: clients may write what they like there."""
@@ -72,6 +76,7 @@ class RequestRecord:
     sent_status: int | None = None
     failure_status: int | None = None
     failure: str | None = None
+    failure_param: str | None = None
     rejection: str | None = None
     _last_token: float | None = None
 
@@ -86,7 +91,11 @@ class RequestRecord:
 
     def mark_failure(self, error: GatewayError) -> None:
         """Note how the request failed; also after the status line has gone out, as in the middle of a stream."""
-        self.failure_status, self.failure, self.rejection = error.status, error.message, error.reason
+        # Sentences about a request may quote it, ours as well as the engine's: prompts must not get into the log.
+        may_quote = error.status < 500
+        self.failure = (error.code or error.openai_type) if may_quote else error.message
+        self.failure_param = error.param if error.param and _SANE_PARAM.fullmatch(error.param) else None
+        self.failure_status, self.rejection = error.status, error.reason
 
     def mark_end(self) -> None:
         self.total_seconds = time.monotonic() - self.started
@@ -152,7 +161,7 @@ class RequestRecord:
             "prompt_tokens_details": {
                 "cached_tokens": details.get("cached_tokens") or 0,
                 "image_tokens": self.image_tokens,
-                "text_tokens": (self.prompt_tokens or 0) - self.image_tokens,
+                "text_tokens": max((self.prompt_tokens or 0) - self.image_tokens, 0),
             },
             "visual_tokens": self.visual_tokens(),
         }
@@ -180,6 +189,7 @@ class RequestRecord:
             "route": self.route,
             "status": self.status,
             "error": self.failure,
+            "param": self.failure_param,
             "model": None if self.model is None else self.model[:_LONGEST_MODEL],
             "stream": self.stream,
             "budget_class": self.budget_class,

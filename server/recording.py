@@ -18,7 +18,7 @@ from server import routes
 from server.error_response import error_response
 from server.errors import InternalError
 from server.metrics import Metrics
-from server.record import RequestRecord, choose_request_id
+from server.record import REFUSAL, RequestRecord, choose_request_id
 from server.tracing import Tracing
 
 REQUEST_LOG: Final = "visiondrop.requests"
@@ -63,7 +63,11 @@ class RecordingMiddleware:
         record = RequestRecord(choose_request_id(Headers(scope=scope).get("x-request-id")), route)
         scope["visiondrop.record"] = record
 
+        is_over = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal is_over
+            is_over = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start":
                 record.sent_status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -86,7 +90,12 @@ class RecordingMiddleware:
             record.mark_failure(error)
             if record.sent_status is None:
                 await error_response(error)(scope, receive, send_with_id)
+            elif record.stream and not is_over:
+                event = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+                await send_with_id({"type": "http.response.body", "body": event, "more_body": False})
         finally:
+            if REFUSAL in scope:
+                record.mark_failure(scope[REFUSAL])  # to the app it looked as if the client had left
             record.mark_end()
             self._metrics.observe(record, is_work=is_work)
             if record.is_mismatch:

@@ -5,12 +5,14 @@ Every field is honoured or refused (engine_fields.py); the values go to the engi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag
 
 from server.budget_field import BudgetField
+from server.engine_fields import message_refusal
+from server.errors import InvalidRequestError
 from server.generation_fields import INT32_MAX, Count, GenerationBody
 from server.picture_marker import refuse_markers
 from server.request_body import parse_body
@@ -168,6 +170,18 @@ class ChatRequest(ChatFields):
                         yield f"messages[{turn}].content[{place}].image_url.url", part
 
 
+def refuse_engine_fields(messages: Sequence[Message]) -> None:
+    """
+    Raises:
+        InvalidRequestError: a message has a budget, another server's knob, or what configures the engine.
+    """
+    for turn, message in enumerate(messages):
+        for name, value in (message.model_extra or {}).items():
+            reason = message_refusal(name)
+            if value is not None and reason is not None:
+                raise InvalidRequestError(reason, param=f"messages[{turn}].{name}")
+
+
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Read a request body.
 
@@ -175,6 +189,7 @@ def parse_chat_request(body: bytes) -> ChatRequest:
         InvalidRequestError: not JSON, a field of the wrong shape, or one that clients may not set.
     """
     request = parse_body(ChatRequest, body)
+    refuse_engine_fields(request.messages)
     if any(True for _ in request.image_parts()):
         for name in ("messages", "tools", "documents"):
             refuse_markers(request.sent.get(name), name)

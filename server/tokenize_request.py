@@ -9,7 +9,7 @@ from pydantic import Field, StrictStr
 from server.errors import InvalidRequestError
 from server.generation_fields import TokenId
 from server.request_body import RequestBody, dump_json, parse_body
-from server.schemas import ImagePart, Message, Tool
+from server.schemas import ImagePart, Message, Tool, refuse_engine_fields
 
 
 class TokenizeRequest(RequestBody):
@@ -47,6 +47,7 @@ def parse_tokenize_request(body: bytes) -> TokenizeRequest:
     request = parse_body(TokenizeRequest, body)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequestError("give either 'prompt' or 'messages'", param="prompt")
+    refuse_engine_fields(request.messages or ())
     for turn, message in enumerate(request.messages or ()):
         for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
             if isinstance(part, ImagePart):

@@ -7,18 +7,21 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from asgi_transport import AsgiTransport
-from fake_engine import FakeEngine
+from fake_engine import GEOMETRY, FakeEngine
 from gateway import make_app
 from metric_text import metric, metrics_of, until_metric
 from pictures import ask, picture
+from wire import Wire
 
 from server.drain import Drain
+from server.engine_client import HttpEngineClient
 from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -164,6 +167,29 @@ async def test_requests_above_capacity_wait_and_then_run_in_order(engine: FakeEn
         assert len(engine.bodies) == 2
 
 
+LONG = "a lot " * 100
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "description": LONG}}]},
+        {"documents": [{"text": LONG}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": LONG}}]}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": LONG}]}]},
+    ],
+)
+async def test_all_text_of_a_prompt_has_its_cost(engine: FakeEngine, fields: dict[str, Any]) -> None:
+    engine.hold = True
+    async with (
+        gateway(engine, max_inflight_tokens=100, queue_seconds=0.1) as client,
+        client.stream("POST", CHAT, json=ask(stream=True)) as response,
+    ):
+        await anext(response.aiter_bytes())
+        late = await client.post(CHAT, json={**ask(), **fields})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_timeout")
+
+
 async def test_stream_keeps_its_place_until_its_last_byte(engine: FakeEngine) -> None:
     engine.hold = True
     async with gateway(engine, max_inflight_tokens=100, queue_seconds=0.1) as client:
@@ -175,6 +201,31 @@ async def test_stream_keeps_its_place_until_its_last_byte(engine: FakeEngine) ->
             assert late.json()["error"]["code"] == "queue_timeout"
         engine.hold = False
         assert (await client.post(CHAT, json={**body, "stream": False})).status_code == 200
+
+
+async def test_request_planned_for_an_engine_that_was_replaced_meanwhile_is_told_to_come_again(
+    engine: FakeEngine,
+) -> None:
+    engine.hold = True
+    wire = Wire(engine)
+    app = make_app(Settings(max_inflight_tokens=100), HttpEngineClient(wire))
+    body = ask(picture(800, 600), visual_token_budget=90)
+    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
+        async with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
+            await anext(response.aiter_bytes())
+            waiting = asyncio.ensure_future(client.post(CHAT, json=body))
+            await until_metric(client, "visiondrop_queue_depth", 1)
+            wire.is_cut = True
+            assert (await client.get("/ready")).status_code == 503
+            wire.is_cut = False
+            engine.geometry = {"geometry": replace(GEOMETRY, boundaries=(4, 8, 12)).to_dict()}
+            assert (await client.get("/ready")).status_code == 200
+        answer = await waiting
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unreachable")
+        assert answer.headers["retry-after"]
+        assert len(engine.bodies) == 1
+        engine.hold = False
+        assert (await client.post(CHAT, json=body)).json()["usage"]["visual_tokens"]["full"]
 
 
 async def test_bodies_in_memory_are_bounded(engine: FakeEngine) -> None:

@@ -86,6 +86,13 @@ async def test_pictures_of_all_turns_are_planned_in_order_of_appearance(
     assert usage["visual_tokens"]["saved"] == sum(plan.saved for plan in plans)
 
 
+async def test_two_budgets_in_headers_are_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    headers = [("X-Visual-Token-Budget", "64"), ("X-Visual-Token-Budget", "0")]
+    response = await client.post(CHAT, json=ask(picture()), headers=headers)
+    assert_error(response, 400, "X-Visual-Token-Budget", "64, 0")
+    assert not engine.bodies
+
+
 async def test_text_only_requests_carry_no_budget(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     response = await client.post(CHAT, json=body)
@@ -314,6 +321,22 @@ async def test_failure_in_mid_stream_ends_it_with_an_error_event(
     assert metric(await metrics_of(client), series) == 1
 
 
+async def test_defect_in_mid_stream_ends_it_with_an_error_event(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr("server.record.RequestRecord.mark_token", fail)
+    async with client.stream("POST", CHAT, json=ask(stream=True)) as response:
+        events = await sse_data(response.aiter_bytes())
+    assert json.loads(events[-1])["error"]["code"] == "internal_error"
+    assert "a defect" in caplog.text
+    assert "a defect" not in events[-1]
+    text = await metrics_of(client)
+    assert metric(text, f'visiondrop_requests_total{{budget_class="none",code="500",route="{CHAT}"}}') == 1
+
+
 @pytest.mark.parametrize("moment", ["mid_stream", "before_stream", "whole_answer"])
 async def test_client_that_goes_away_frees_the_engine_at_once(
     client: httpx.AsyncClient, engine: FakeEngine, moment: str
@@ -356,7 +379,11 @@ async def test_engine_that_does_not_fit_is_refused(
 ) -> None:
     engine.geometry = geometry
     assert_error(await client.get("/ready"), 503, None, "the engine")
-    assert_error(await client.post(CHAT, json=ask(picture())), 503, None, "the engine")
+    response = await client.post(CHAT, json=ask(picture()))
+    assert_error(response, 503, None, "the engine")
+    assert response.json()["error"]["code"] == "engine_mismatch"
+    assert 1 <= int(response.headers["retry-after"]) <= 120
+    assert metric(await metrics_of(client), 'visiondrop_rejections_total{reason="engine_down"}') == 2
     assert not engine.bodies
 
 

@@ -50,6 +50,18 @@ async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClie
     assert response.headers["x-visual-tokens-full"] == "0"
 
 
+@pytest.mark.parametrize("value", ["64", "0", "lots"])
+@pytest.mark.parametrize(
+    ("route", "body"), [(ROUTE, {"prompt": "a"}), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})]
+)
+async def test_a_budget_in_a_header_is_refused_where_there_are_no_pictures(
+    client: httpx.AsyncClient, engine: TextEngine, route: str, body: dict[str, Any], value: str
+) -> None:
+    response = await client.post(route, json=body, headers={"X-Visual-Token-Budget": value})
+    assert_refused(response, "X-Visual-Token-Budget", "visual token budget")
+    assert not engine.calls
+
+
 @pytest.mark.parametrize("asked", [True, False])
 async def test_a_stream_ends_with_usage_if_asked(client: httpx.AsyncClient, engine: TextEngine, asked: bool) -> None:
     options = {"stream_options": {"include_usage": True}} if asked else {}

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import subprocess
+from typing import Any
 
 import httpx
 import pytest
@@ -48,6 +49,31 @@ async def test_record_feeds_metrics_and_log(
     assert line["completion_tokens"] == len(WORDS)
     assert "What is it?" not in caplog.text
     assert url[40:80] not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({"visual_token_budget": ["my secret"]}, "invalid_request_error", "visual_token_budget"),
+        ({"my secret": 1}, "invalid_request_error", None),
+        ({"temperature": 1}, "BadRequestError", None),  # refused by the engine
+    ],
+)
+async def test_log_of_a_refused_request_does_not_quote_it(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    caplog: pytest.LogCaptureFixture,
+    fields: dict[str, Any],
+    error: str,
+    param: str | None,
+) -> None:
+    caplog.set_level("INFO", logger="visiondrop.requests")
+    engine.refusal = (400, {"error": {"message": "not 'my secret'", "type": "BadRequestError", "param": None}})
+    response = await client.post(CHAT, json={**ask(picture()), **fields})
+    assert "my secret" in response.json()["error"]["message"]
+    line = json.loads(caplog.messages[-1])
+    assert (line["status"], line["error"], line["param"]) == (400, error, param)
+    assert "my secret" not in caplog.text
 
 
 async def test_streams_feed_metrics_though_the_client_asked_for_no_usage(client: httpx.AsyncClient) -> None:

@@ -28,6 +28,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
+from starlette.testclient import TestClient
 
 from server import openapi
 from server.settings import Settings
@@ -161,6 +162,31 @@ def test_the_document_and_the_server_agree_on_budgets(
     for body in (ask(picture(), visual_token_budget=budget), in_picture):
         assert check.is_valid(body) == accepted
         assert (httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200) == accepted
+
+
+@pytest.mark.parametrize(
+    ("budget", "accepted"),
+    [("32", True), ("low", True), ("full", True), ("1000000", True), ("31", False), ("lots", False), ("1.5", False)],
+)
+def test_the_document_and_the_server_agree_on_budgets_in_the_header(
+    url: str, document: dict[str, Any], budget: str, accepted: bool
+) -> None:
+    for path, body in (("/v1/chat/completions", ask(picture())), ("/v1/visual_tokens/count", ask(picture()))):
+        parameters = [resolve(document, node) for node in document["paths"][path]["post"]["parameters"]]
+        (schema,) = [item["schema"] for item in parameters if item["name"] == "X-Visual-Token-Budget"]
+        assert validator(document, schema).is_valid(budget) == accepted
+        response = httpx.post(f"{url}{path}", json=body, headers={"X-Visual-Token-Budget": budget})
+        assert (response.status_code == 200) == accepted
+
+
+def test_every_header_of_an_answer_is_in_the_document(document: dict[str, Any]) -> None:
+    with TestClient(make_app(Settings(requests_per_minute=1), ResponseEngine())) as client:
+        answers = [client.post("/v1/chat/completions", json=ask(picture())) for _ in range(2)]
+    for answer, status in zip(answers, (200, 429), strict=True):
+        assert answer.status_code == status
+        described = document["paths"]["/v1/chat/completions"]["post"]["responses"][str(status)]["headers"]
+        sent = set(answer.headers) - {"content-type", "content-length"}
+        assert sent == {name.lower() for name in described}
 
 
 def test_unknown_fields_are_not_in_the_document(document: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from pictures import ask, data_url, decode, encode, picture
 from PIL import Image
 
 from server.image_fetch import ImageFetcher
+from server.images import CheckedImage, check_image
 from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -87,6 +89,33 @@ async def test_client_that_leaves_during_the_fetch_ends_it(engine: FakeEngine, m
         assert time.monotonic() - began < 1
         await until_metric(client, "visiondrop_inflight_requests", 0)
         assert not engine.bodies
+
+
+async def test_clients_that_leave_during_the_decoding_do_not_add_threads(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, busy, most = threading.Lock(), 0, 0
+
+    def decode_slowly(url: str, settings: Settings, param: str) -> CheckedImage:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.2)
+        with lock:
+            busy -= 1
+        return check_image(url, settings, param)
+
+    monkeypatch.setattr("server.pictures.check_image", decode_slowly)
+    async with gateway(engine, image_threads=2) as client:
+        for _ in range(8):
+            task = asyncio.ensure_future(client.post(CHAT, json=ask(picture(8, 8))))
+            await asyncio.sleep(0.02)
+            task.cancel()
+            await asyncio.wait((task,))
+        assert (await client.post(CHAT, json=ask(picture(8, 8)))).status_code == 200
+        assert most <= 2
+        await until_metric(client, "visiondrop_inflight_requests", 0)
 
 
 async def test_one_bad_picture_ends_the_other_fetches(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

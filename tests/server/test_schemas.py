@@ -144,6 +144,15 @@ def test_values_out_of_range_are_refused_with_their_path(field: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
+    "name", ["visual_token_budget", "min_pixels", "detail", "mm_processor_kwargs", "uuid", "image_embeds"]
+)
+def test_budgets_and_knobs_beside_a_messages_content_are_refused(name: str) -> None:
+    message = {"role": "user", "content": [image_part()]}
+    assert refusal({"messages": [message, {**message, name: "low"}]}).param == f"messages[1].{name}"
+    parse({"messages": [{**message, name: None, "reasoning_content": "hm"}]})
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         (text([{"type": "text", "text": "see <image>"}, image_part()]), "messages[0].content[0].text"),

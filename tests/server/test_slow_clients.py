@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from gateway import make_app
+from metric_text import metric
 from pictures import ask
 
 from server.connection_guard import ConnectionLimits
@@ -354,6 +355,47 @@ async def test_answers_that_are_cut_off_end_with_an_error(app: App, path: bytes)
             assert (status, events[0]) == (200, "data: 1")
             assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "stopping"
         await asyncio.wait_for(app.disconnected.wait(), 1)
+
+
+@pytest.mark.parametrize("sent_id", [None, "mine-1"])
+async def test_request_that_is_late_has_one_id_and_one_outcome_for_client_log_and_metrics(
+    caplog: pytest.LogCaptureFixture, sent_id: str | None
+) -> None:
+    caplog.set_level("INFO", logger="visiondrop.requests")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+    head += b"" if sent_id is None else b"X-Request-Id: " + sent_id.encode() + b"\r\n"
+    gateway = make_app(Settings(), FakeEngine())
+    async with serve(gateway, lifespan="on") as server, connect(server, head + b"\r\n{") as (reader, _):
+        status, headers, _ = await read_answer(reader)
+        await until(lambda: bool(caplog.messages))
+        async with connect(server, GET.replace(b"/health", b"/metrics")) as (reader, _):
+            _, _, metrics = await read_answer(reader)
+
+    line = json.loads(caplog.messages[-1])
+    assert status == line["status"] == 408
+    assert headers["x-request-id"] == line["request_id"]
+    assert sent_id in (None, line["request_id"])
+    series = 'visiondrop_requests_total{budget_class="none",code="408",route="/v1/chat/completions"}'
+    assert metric(metrics.decode(), series) == 1
+
+
+async def test_stream_that_is_cut_off_counts_as_that(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="visiondrop.requests")
+    engine = FakeEngine()
+    engine.hold = True
+    body = json.dumps({**ask(), "stream": True}).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    request += b"Content-Length: %d\r\n\r\n" % len(body) + body
+    async with (
+        serve(make_app(Settings(), engine), lifespan="on") as server,
+        connect(server, request) as (reader, _),
+    ):
+        await reader.readuntil(b"A ")
+        server.cut_off()
+        await until(lambda: bool(caplog.messages))
+
+    line = json.loads(caplog.messages[-1])
+    assert (line["status"], line["error"]) == (503, "the server was stopped before the answer was complete; try again")
 
 
 async def test_connections_are_bounded_by_the_files_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
