@@ -98,6 +98,7 @@ def create_app(settings: Settings, engines: EnginePool, drain: Drain | None = No
     metrics_app.include_router(operations)
     metrics_app.include_router(probe_routes(engines, drain))
     _handle_errors(metrics_app)
+    metrics_app.add_middleware(RecordingMiddleware, metrics=metrics, tracing=tracing)
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -69,7 +70,11 @@ class Dispatcher:
         cost = request_cost(text_tokens, record.schedules)
         if not await self._engines.is_ready():
             raise self._engines.refusal()
-        record.queue_seconds = await resources_of(request).enter_async_context(self._admission.admit(cost))
+        began = time.monotonic()
+        try:
+            await resources_of(request).enter_async_context(self._admission.admit(cost))
+        finally:
+            record.queue_seconds = time.monotonic() - began  # of those, too, who waited in vain
         if record.geometry is not None and record.geometry != await self._engines.geometry():
             raise EngineUnreachableError("the engine was replaced while the request waited; try again")
         pictures = tuple(hash(image.url) for image in images)

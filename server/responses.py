@@ -73,6 +73,8 @@ async def relay_responses(source: EventSource, record: RequestRecord) -> AsyncGe
             response = event.get("response")
             if isinstance(response, dict) and response.get("usage"):
                 response["usage"] = _usage(response["usage"], record)
+            if kind == "response.failed":
+                record.mark_failure(EngineFailedError("the engine failed on this request", code="engine_failed"))
             yield _event(kind, event)
             if kind in _LAST:
                 return

@@ -20,6 +20,7 @@ from metric_text import metric, metrics_of, until_metric
 from pictures import ask, picture
 from wire import Wire
 
+from server.app import metrics_app_of
 from server.drain import Drain
 from server.engine_client import HttpEngineClient
 from server.settings import Settings
@@ -199,6 +200,7 @@ async def test_stream_keeps_its_place_until_its_last_byte(engine: FakeEngine) ->
             late = await client.post(CHAT, json=body)
             assert late.status_code == 503
             assert late.json()["error"]["code"] == "queue_timeout"
+            assert metric(await metrics_of(client), "visiondrop_queue_seconds_sum") >= 0.1
         engine.hold = False
         assert (await client.post(CHAT, json={**body, "stream": False})).status_code == 200
 
@@ -307,3 +309,23 @@ async def test_trace_context_reaches_the_engine(client: httpx.AsyncClient, engin
     assert engine.headers[-1]["tracestate"] == "a=1"
     await client.post(CHAT, json=TEXT, headers={"traceparent": "nonsense", "tracestate": "a=1"})
     assert "traceparent" not in engine.headers[-1]
+
+
+async def test_operators_port_has_metrics_and_probes_without_a_key_and_nothing_else(
+    engine: FakeEngine, keys: Path
+) -> None:
+    app = make_app(Settings(api_keys_file=keys, metrics_port=1), engine)
+    async with (
+        httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as clients,
+        httpx.AsyncClient(transport=AsgiTransport(metrics_app_of(app)), base_url="http://metrics") as operators,
+    ):
+        for path in ("/metrics", "/metrics/engine/0", "/health", "/ready"):
+            response = await operators.get(path)
+            assert response.status_code == 200, path
+            assert response.headers["x-request-id"]
+        for path in ("/v1/models", CHAT, "/metrics/engine/1", "/metrics/engine/../0"):
+            response = await operators.get(path)
+            assert response.status_code == 404, path
+            assert response.json()["error"]["code"] == "unknown_url"
+        response = await clients.get("/metrics", headers=bearer("shop-secret"))
+        assert response.status_code == 404, "there is a port for it"
