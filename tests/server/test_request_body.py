@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 
@@ -34,6 +35,22 @@ def test_a_body_of_very_many_values_is_refused_unread(body: bytes) -> None:
     with pytest.raises(PayloadTooLargeError) as caught:
         parse_chat_request(body)
     assert (caught.value.status, caught.value.code) == (413, "too_many_values")
+
+
+def test_names_of_megabytes_cost_no_more_than_their_reading() -> None:
+    name = "k" * 8_000_000
+    picture = '{"type": "image_url", "image_url": {"url": "data:"}}'
+    tools = json.dumps([{"function": {"name": "f", "parameters": {name: {name: [0] * 20_000}}}}])
+    started = time.process_time()
+    parse_chat_request(f'{{"messages": [{{"role": "user", "content": [{picture}]}}], "tools": {tools}}}'.encode())
+    for body in (
+        f'{{"{name}": 1}}',
+        f'{{"messages": [{{"role": "user", "content": [{{"type": "text", "{name}": 1}}]}}]}}',
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            parse_chat_request(body.encode())
+        assert len(json.dumps(caught.value.body())) < 2000
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(
