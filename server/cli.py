@@ -6,6 +6,7 @@ import argparse
 import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -241,6 +242,8 @@ def _configure_logging() -> None:
     requests.addHandler(handler)
     requests.setLevel(logging.INFO)
     requests.propagate = False
+    # Pillow's words about odd pictures, with numbers from the file: each new sentence is a line, and kept for ever.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 if __name__ == "__main__":

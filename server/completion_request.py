@@ -24,7 +24,7 @@ def _prompt_tag(value: Any) -> str | None:
     return "<strings>" if isinstance(first, str) else "<prompts>" if isinstance(first, list) else "<tokens>"
 
 
-TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 Prompt: TypeAlias = Annotated[
     Annotated[StrictStr, Field(min_length=1), Tag("<string>")]

@@ -70,6 +70,9 @@ _FOREIGN_BUDGETS: Final = frozenset(
 """By these names other servers and models are told how closely to look at a picture."""
 
 
+_LONGEST_NAME: Final = 64
+
+
 def refusal(name: str, known: Collection[str]) -> str:
     """Why there is no top-level field `name`, in one sentence. `known` are the fields that there are."""
     if name in ENGINE_FIELDS:
@@ -82,7 +85,8 @@ def refusal(name: str, known: Collection[str]) -> str:
         return f"unknown field {name!r}: there are no pictures on this route"
     if name == "visual_token_budget":
         return "'visual_token_budget' needs a picture, and there are none on this route"
-    close = difflib.get_close_matches(name, sorted(known), n=1)
+    # It would take seconds and gigabytes for a name of megabytes.
+    close = difflib.get_close_matches(name, sorted(known), n=1) if len(name) <= _LONGEST_NAME else []
     return f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 

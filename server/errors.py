@@ -32,6 +32,7 @@ from pydantic import ValidationError
 
 LONGEST_RETRY_AFTER_SECONDS: Final = 120
 _LONGEST_MESSAGE: Final = 1000
+_LONGEST_PARAM: Final = 200
 
 REJECTION_REASONS: Final = (
     "invalid_api_key",
@@ -60,11 +61,10 @@ class GatewayError(Exception):
     """One of REJECTION_REASONS, for a request that was turned away without being at fault in itself."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        # What a client sent may be quoted in it.
-        message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        # What a client sent may be quoted in both.
+        self.message = _shortened(message, _LONGEST_MESSAGE)
+        super().__init__(self.message)
+        self.param = None if param is None else _shortened(param, _LONGEST_PARAM)
         self.code = code
 
     @property
@@ -228,6 +228,10 @@ def from_http_status(status: int, detail: str, method: str, path: str) -> Gatewa
     if status == 405:
         return MethodNotAllowedError(f"{path!r} does not answer {method}", code="method_not_allowed")
     return InvalidRequestError(detail) if status < 500 else InternalError(detail)
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _field_path(location: Sequence[int | str]) -> str | None:

@@ -103,7 +103,9 @@ class GenerationBody(RequestBody):
     """Accepted because OpenAI has it; changes nothing."""
 
     add_special_tokens: bool | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=_MAX_TOKEN_IDS)] | None = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=_MAX_TOKEN_IDS, fail_fast=True)] | None
+    ) = None
     bad_words: Annotated[list[NonEmpty], Field(max_length=128)] | None = None
     echo: bool | None = None
     ignore_eos: bool | None = None

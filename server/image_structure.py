@@ -18,6 +18,10 @@ MAX_SEGMENTS: Final = 50_000
 """PNG chunks or JPEG segments. A PNG of 20 MiB in pieces of 512 bytes has 40,000."""
 MAX_JPEG_SCANS: Final = 100
 """A progressive JPEG has about 10; each scan costs a pass over all the pixels."""
+_MAX_READS: Final = 400_000
+"""Reads of one reader. A GIF of 20 MiB in pieces of 255 bytes takes 164,000."""
+_MAX_JOINED_SEGMENTS: Final = 32
+"""JPEG segments of one kind that Pillow joins one by one (EXIF) or takes apart (Photoshop's); real files have one."""
 _MAX_JPEG_JUNK: Final = 1024
 """Bytes before or between segments, which readers skip one at a time."""
 
@@ -35,12 +39,31 @@ _JPEG_MARKER: Final = re.compile(rb"\xff([^\x00\xff])")
 _JPEG_MARKER_IN_SCAN: Final = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 _BARE: Final = frozenset((0x01, *range(0xD0, 0xD8)))
 _SOI, _EOI, _SOS, _ADOBE, _COM = 0xD8, 0xD9, 0xDA, 0xEE, 0xFE
+_JOINED: Final = {0xE1: b"Exif\0\0", 0xED: b"Photoshop 3.0\0"}
 _FRAMES: Final = (0xC0, 0xC1, 0xC2)
 """Start of a frame: baseline, extended and progressive, in Huffman coding. The others are rarely readable."""
 
 
 class BrokenImageError(ValueError):
     """A file that is damaged or a trap; the message ends a sentence that begins with its kind."""
+
+
+class BoundedFile(BytesIO):
+    """A picture's file that a reader may not read for ever. GIF has no other bound: how Pillow takes a file of broken
+    blocks apart is nothing to imitate.
+    """
+
+    _num_reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """
+        Raises:
+            BrokenImageError: it has been read too often.
+        """
+        self._num_reads += 1
+        if self._num_reads > _MAX_READS:
+            raise BrokenImageError("has too many parts")
+        return super().read(size)
 
 
 def is_whole(data: bytes, kind: str) -> bool:
@@ -104,7 +127,7 @@ def _is_whole_jpeg(data: bytes) -> bool:
     it no time, whatever the size of the picture. (It takes missing pixel data for grey.)
     """
     probe = [b"\xff\xd8"]
-    position, num_scans, num_junk, ordinary, pattern = 2, 0, 0, True, _JPEG_MARKER
+    position, num_scans, num_junk, num_joined, ordinary, pattern = 2, 0, 0, 0, True, _JPEG_MARKER
     for _ in range(MAX_SEGMENTS):
         found = pattern.search(data, position)
         if pattern is _JPEG_MARKER:
@@ -134,6 +157,9 @@ def _is_whole_jpeg(data: bytes) -> bool:
             probe.append(segment)
         elif marker > 0xEF and marker != _COM:
             ordinary = False
+        num_joined += marker in _JOINED and segment[4:].startswith(_JOINED[marker])
+        if num_joined > _MAX_JOINED_SEGMENTS:
+            raise BrokenImageError("has too many segments")
         num_scans += marker == _SOS
         if num_scans > MAX_JPEG_SCANS:
             raise BrokenImageError("has too many scans")

@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageFile
 from server.data_url import DataUrl, check_num_bytes, read_data_url, write_data_url
 from server.errors import GatewayError, InvalidRequestError
 from server.image_pixels import normalise, to_file
-from server.image_structure import BrokenImageError, is_whole
+from server.image_structure import BoundedFile, BrokenImageError, is_whole
 from server.settings import Settings
 
 _TURNED: Final = range(2, 9)
@@ -116,7 +116,7 @@ def _check(data: bytes, source: DataUrl | None, settings: Settings, param: str) 
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
-    return Image.open(BytesIO(data), formats=(kind,))
+    return Image.open(BoundedFile(data), formats=(kind,))
 
 
 def _sniff(data: bytes) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Final
 
 from server.errors import InvalidRequestError
@@ -20,26 +19,36 @@ def refuse_markers(value: Any, param: str) -> None:
     Raises:
         InvalidRequestError: some text holds it; its path begins with `param`.
     """
-    for path, text in _texts(value, param):
-        if MARKER in text:
-            raise InvalidRequestError(
-                f"{path} holds {MARKER!r}, which stands for a picture in this model's prompts; "
-                "with pictures in the request it cannot be text, too",
-                param=path,
-            )
+    steps = _find(value)
+    if steps is not None:
+        path = param + steps
+        raise InvalidRequestError(
+            f"{path} holds {MARKER!r}, which stands for a picture in this model's prompts; "
+            "with pictures in the request it cannot be text, too",
+            param=path,
+        )
 
 
-def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+def _find(value: Any) -> str | None:
+    """The path to the first text that holds the marker; None if there is none.
+
+    The path is put together on the way back, when there is one: names can have megabytes, and values be many.
+    """
     if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
+        return "" if MARKER in value else None
+    if isinstance(value, dict):
         for name, item in value.items():
-            yield path, name
-            yield from _texts(item, f"{path}.{name}")
+            if MARKER in name:
+                return ""
+            if (steps := _find(item)) is not None:
+                return f".{name}{steps}"
     elif isinstance(value, list):
-        parts = [item for item in value if isinstance(item, dict)]
         for place, item in enumerate(value):
-            if not (isinstance(item, dict) and item.get("type") in _URLS):
-                yield from _texts(item, f"{path}[{place}]")
+            is_picture = isinstance(item, dict) and item.get("type") in _URLS
+            if not is_picture and (steps := _find(item)) is not None:
+                return f"[{place}]{steps}"
         # Templates join the parts of a turn.
-        yield path, "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+        texts = (part.get("text") for part in value if isinstance(part, dict))
+        if MARKER in "".join(text for text in texts if isinstance(text, str)):
+            return ""
+    return None

@@ -102,7 +102,7 @@ class InputMessage(BaseModel):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Annotated[
-        Annotated[StrictStr, Tag("<string>")] | Annotated[list[InputPart], Tag("<parts>")],
+        Annotated[StrictStr, Tag("<string>")] | Annotated[list[InputPart], Field(fail_fast=True), Tag("<parts>")],
         Discriminator(
             _content_tag,
             custom_error_type="content",
@@ -150,7 +150,8 @@ class ResponsesRequest(RequestBody):
     """A request to /v1/responses; see `parse_responses_request`."""
 
     input: Annotated[
-        Annotated[StrictStr, Tag("<string>")] | Annotated[list[InputItem], Field(min_length=1), Tag("<parts>")],
+        Annotated[StrictStr, Tag("<string>")]
+        | Annotated[list[InputItem], Field(min_length=1, fail_fast=True), Tag("<parts>")],
         Discriminator(
             _content_tag, custom_error_type="input", custom_error_message="input must be a string or a list of messages"
         ),
@@ -160,7 +161,7 @@ class ResponsesRequest(RequestBody):
     instructions: StrictStr | None = None
     background: Literal[False] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None = None
     logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]+$")], float], Field(max_length=1024)] | None = None
     max_output_tokens: Count | None = None
     metadata: Annotated[dict[str, StrictStr], Field(max_length=16)] | None = None

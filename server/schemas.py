@@ -75,7 +75,7 @@ Part: TypeAlias = Annotated[
 ]
 
 Content: TypeAlias = Annotated[
-    Annotated[StrictStr, Tag("<string>")] | Annotated[list[Part], Tag("<parts>")],
+    Annotated[StrictStr, Tag("<string>")] | Annotated[list[Part], Field(fail_fast=True), Tag("<parts>")],
     Discriminator(
         _content_tag,
         custom_error_type="content",
@@ -92,7 +92,7 @@ class Message(BaseModel):
     role: StrictStr
     content: Content | None = None
     name: StrictStr | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: StrictStr | None = None
     reasoning: StrictStr | None = None
 
@@ -149,7 +149,7 @@ class ChatFields(GenerationBody):
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    documents: list[dict[str, StrictStr]] | None = None
+    documents: Annotated[list[dict[str, StrictStr]], Field(fail_fast=True)] | None = None
     include_reasoning: bool | None = None
     return_prompt_text: bool | None = None
 
@@ -157,7 +157,7 @@ class ChatFields(GenerationBody):
 class ChatRequest(ChatFields):
     """A chat completion request; see `parse_chat_request`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     visual_token_budget: BudgetField | None = None
     """For every picture that has none of its own."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -162,3 +163,29 @@ def test_explain_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(subprocess, "run", run_command)
     assert run("explain", "picture.png", "--budget", "low") == 2
     assert commands == [[sys.executable, "-m", "vd_plugin.explain", "picture.png", "--budget", "low"]]
+
+
+def test_odd_pictures_write_nothing_and_are_not_remembered(tmp_path: Path) -> None:
+    script = tmp_path / "odd.py"
+    script.write_text(
+        "import struct, PIL.Image\n"
+        "from contextlib import suppress\n"
+        "from pictures import png\n"
+        "from server import cli\n"
+        "from server.images import check_image_bytes\n"
+        "from server.settings import Settings\n"
+        "cli._configure_logging()\n"
+        "for width in range(9000, 9100):\n"
+        "    with suppress(Exception):\n"
+        "        check_image_bytes(png(width, 10_000, 8, 2, b''), Settings(), 'here')\n"
+        "print([key for key in vars(PIL.Image).get('__warningregistry__', ()) if key != 'version'])\n"
+    )
+    path = os.pathsep.join((str(Path(__file__).parent), str(Path(cli.__file__).parents[1])))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
@@ -380,3 +381,18 @@ def test_normalising_takes_little_more_than_four_times_the_pixels(mode: str) -> 
     peak = int(subprocess.run([sys.executable, "-c", _PEAK], input=data, capture_output=True, check=True).stdout)
     print(f"{mode}: {peak / 1e6:.0f} MB")
     assert 5000 * 3000 < peak < 4.2 * 3 * 5000 * 3000
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_exif_values_that_overlap_are_not_copied_each() -> None:
+    size, number = 2_000_000, 100
+    values = b"".join(struct.pack(">HHLL", 1000 + tag, 1, size, 0) for tag in range(number))
+    exif = b"MM\0*\0\0\0\x08" + struct.pack(">H", number) + values + bytes(size)
+    picture = png(1, 1, 8, 2, bytes(4), png_chunk(b"eXIf", exif))
+    tracemalloc.start()
+    try:
+        check(picture)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * len(picture)
