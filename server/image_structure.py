@@ -49,8 +49,8 @@ class BrokenImageError(ValueError):
 
 
 class BoundedFile(BytesIO):
-    """A picture's file that a reader may not read for ever. GIF has no other bound: how Pillow takes a file of broken
-    blocks apart is nothing to imitate.
+    """A GIF that a reader may not read for ever. The other kinds are walked beforehand; how Pillow takes a GIF of
+    broken blocks apart is nothing to imitate.
     """
 
     _num_reads = 0

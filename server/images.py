@@ -116,7 +116,7 @@ def _check(data: bytes, source: DataUrl | None, settings: Settings, param: str) 
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
-    return Image.open(BoundedFile(data), formats=(kind,))
+    return Image.open(BoundedFile(data) if kind == "GIF" else BytesIO(data), formats=(kind,))
 
 
 def _sniff(data: bytes) -> str | None:
