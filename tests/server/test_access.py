@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,18 @@ async def test_bodies_in_memory_are_bounded(engine: FakeEngine) -> None:
         first.cancel()
         await asyncio.wait((first,))
         assert (await client.post(CHAT, json=body)).status_code == 200, "the memory should have been given back"
+
+
+async def test_stream_gives_its_bodys_memory_back_when_the_engine_has_it(engine: FakeEngine) -> None:
+    engine.hold = True
+    body = {**ask(picture()), "stream": True}
+    size = len(httpx.Request("POST", "http://x", json=body).content)
+    limits = {"max_body_bytes": size, "max_image_bytes": size // 2, "max_buffered_bytes": int(size * 1.5)}
+    async with gateway(engine, **limits) as client, AsyncExitStack() as streams:
+        for _ in range(3):
+            response = await streams.enter_async_context(client.stream("POST", CHAT, json=body))
+            assert response.status_code == 200
+            await anext(response.aiter_bytes())
 
 
 async def test_stopping_gateway_turns_newcomers_away_and_finishes_the_rest(engine: FakeEngine) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.errors import OverloadedError
+from server.errors import OverloadedError, PayloadTooLargeError
 from server.memory_budget import MemoryBudget
 
 
@@ -35,8 +35,9 @@ def test_lease_is_released_when_its_request_fails() -> None:
             lease.add(60)
             lease.add(60)
 
-    with pytest.raises(OverloadedError):
+    with pytest.raises(PayloadTooLargeError) as caught:
         fail()
+    assert (caught.value.status, caught.value.code) == (413, "request_too_large"), "waiting would not help"
     budget.lease().add(100)
 
 
@@ -53,7 +54,7 @@ def test_sum_is_within_the_limit_and_nought_at_the_end(steps: list[tuple[int, in
             leases[which].add(num_bytes)
             held[which] += num_bytes
         else:
-            with pytest.raises(OverloadedError):
+            with pytest.raises(PayloadTooLargeError if held[which] + num_bytes > 100 else OverloadedError):
                 leases[which].add(num_bytes)
         assert budget.leased_bytes == sum(held) <= 100
     for lease in leases * 2:
