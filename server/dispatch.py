@@ -12,7 +12,7 @@ from server.admission import Admission
 from server.cost import request_cost
 from server.engine_client import EngineCall, EventSource
 from server.engine_pool import EnginePool
-from server.errors import EngineUnreachableError
+from server.errors import EngineUnreachableError, GatewayError
 from server.images import CheckedImage
 from server.intake import lease_of
 from server.record import RequestRecord
@@ -72,11 +72,15 @@ class Dispatcher:
         cost = request_cost(text_tokens, record.schedules)
         if not await self._engines.is_ready():
             raise self._engines.refusal()
-        began = time.monotonic()
+        began, has_waited = time.monotonic(), True
         try:
             await resources_of(request).enter_async_context(self._admission.admit(cost))
+        except GatewayError as error:
+            has_waited = error.reason == "queue_timeout"  # all others are turned away at once
+            raise
         finally:
-            record.queue_seconds = time.monotonic() - began  # of those, too, who waited in vain
+            if has_waited:
+                record.queue_seconds = time.monotonic() - began  # in vain, perhaps
         if record.geometry is not None and record.geometry != await self._engines.geometry():
             raise EngineUnreachableError("the engine was replaced while the request waited; try again")
         pictures = tuple(hash(image.url) for image in images)

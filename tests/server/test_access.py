@@ -165,6 +165,7 @@ async def test_requests_above_capacity_wait_and_then_run_in_order(engine: FakeEn
         assert metric(text, "visiondrop_queue_depth") == 0
         assert metric(text, "visiondrop_inflight_requests") == 0
         assert metric(text, 'visiondrop_rejections_total{reason="queue_full"}') == 1
+        assert metric(text, "visiondrop_queue_seconds_count") == 3, "the refused one has not waited"
         assert len(engine.bodies) == 2
 
 
