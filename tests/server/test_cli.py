@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ import pytest
 
 from server import cli
 from server.listener import Address
+from server.recording import REQUEST_LOG
 from server.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """The command line writes the request log to the streams of the moment, which are a test's own here."""
+    requests = logging.getLogger(REQUEST_LOG)
+    handlers, level = requests.handlers[:], requests.level
+    yield
+    requests.handlers[:], requests.propagate = handlers, True
+    requests.setLevel(level)
 
 
 @pytest.fixture

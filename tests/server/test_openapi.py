@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -32,7 +31,6 @@ from schemathesis.specs.openapi.checks import (
 from starlette.testclient import TestClient
 
 from server import openapi
-from server.recording import REQUEST_LOG
 from server.settings import Settings
 
 EXAMPLES = 20
@@ -72,13 +70,10 @@ def url(app: Any) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-        requests = logging.getLogger(REQUEST_LOG)
-        requests.propagate = False  # a thread outlives the streams that pytest gives to a test's own handlers
         thread.start()
         yield f"http://127.0.0.1:{port}"
         server.should_exit = True
         thread.join(timeout=10)
-        requests.propagate = True
         assert not thread.is_alive()
 
 
