@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -56,7 +57,7 @@ def create_app(settings: Settings, engines: EnginePool, drain: Drain | None = No
     metrics, tracing = Metrics(), make_tracing(settings)
     metrics.watch_queue(lambda: admission.queue_depth)
     for name in engines.names:
-        metrics.watch_engine(name, lambda name=name: engines.is_up(name))  # type: ignore[misc]
+        metrics.watch_engine(name, partial(engines.is_up, name))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -70,12 +70,8 @@ class ChatHandler:
         images = await self._planner.plan(request, chat)
         _check_pruned(chat, record)
         body, tokens = build_engine_body(chat, images, record.schedules), estimate_text_tokens(_texts(chat))
-        if chat.stream:
-            relay = partial(relay_events, include_usage=chat.include_usage)
-            return await self._dispatcher.stream(request, body, tokens, relay, images)
-        answer = await self._dispatcher.answer(request, body, tokens, images)
-        answer["usage"] = record.usage(answer.get("usage") or {})
-        return JSONResponse(answer, headers=record.headers())
+        relay = partial(relay_events, include_usage=chat.include_usage) if chat.stream else None
+        return await self._dispatcher.reply(request, body, tokens, images, relay=relay)
 
     async def _count(self, request: Request, chat: ChatRequest, record: RequestRecord) -> Response:
         images = await self._planner.plan(request, chat)

@@ -52,7 +52,7 @@ class CompletionRequest(GenerationBody):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
             return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        return self.prompt  # type: ignore[return-value]  # mypy does not narrow a list by its first item
 
     @property
     def cost(self) -> int:

@@ -13,7 +13,6 @@ of a body.
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -25,6 +24,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from server.error_response import error_event, error_json
 from server.errors import GatewayError, InvalidRequestError, OverloadedError, SlowRequestError
 from server.record import REFUSAL, RequestRecord, choose_request_id
 from server.settings import Settings
@@ -85,7 +85,7 @@ class ConnectionGuard(H11Protocol):
 
     # What the transport calls
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         # Writing pauses as soon as the kernel takes no more: only then is the client known to be slow.
         transport.set_write_buffer_limits(high=0)
@@ -141,8 +141,7 @@ class ConnectionGuard(H11Protocol):
         if self.cycle is None or self.cycle.response_complete or self._is_refused:
             return
         if self.cycle.response_started and self.cycle.scope.get(_EVENT_STREAM):
-            event = b"data: " + _dump(error) + b"\n\n"
-            self._write(h11.Data(event), h11.EndOfMessage())
+            self._write(h11.Data(error_event(error)), h11.EndOfMessage())
             self._disconnect_app(error)
             self.transport.close()
         else:
@@ -288,7 +287,7 @@ class _BoundedConnection(h11.Connection):
 def _answer(
     error: GatewayError, status: int, headers: list[tuple[bytes, bytes]], request_id: str
 ) -> tuple[h11.Event, ...]:
-    body = _dump(error)
+    body = error_json(error)
     own = {
         **error.headers(),
         "Content-Type": "application/json",
@@ -298,10 +297,6 @@ def _answer(
     }
     lines = headers + [(name.encode(), value.encode()) for name, value in own.items()]
     return h11.Response(status_code=status, headers=lines), h11.Data(body), h11.EndOfMessage()
-
-
-def _dump(error: GatewayError) -> bytes:
-    return json.dumps(error.body(), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _noting_event_streams(app: ASGIApp) -> ASGIApp:

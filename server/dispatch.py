@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from server.admission import Admission
 from server.cost import request_cost
@@ -22,6 +23,9 @@ from server.relay import EventStream
 Relay: TypeAlias = Callable[[EventSource, RequestRecord], AsyncGenerator[bytes, None]]
 """The engine's events to the client's."""
 
+Usage: TypeAlias = Callable[[RequestRecord, Mapping[str, Any]], dict[str, Any]]
+"""The engine's `usage` to the client's."""
+
 
 class Dispatcher:
     """Sends requests to the engines, as many at a time as they take."""
@@ -30,35 +34,35 @@ class Dispatcher:
         self._engines = engines
         self._admission = admission
 
-    async def answer(
-        self, request: Request, body: bytes, text_tokens: int, images: Sequence[CheckedImage] = ()
-    ) -> dict[str, Any]:
-        """The engine's whole answer.
+    async def reply(
+        self,
+        request: Request,
+        body: bytes,
+        text_tokens: int,
+        images: Sequence[CheckedImage] = (),
+        *,
+        relay: Relay | None,
+        usage: Usage = RequestRecord.usage,
+    ) -> Response:
+        """The engine's answer, whole or as a stream, which begins once the engine has accepted the request.
 
         Args:
             body: what the engine gets, on the path that the client used.
             text_tokens: about how many tokens its text has.
             images: its pictures; the record has their schedules.
+            relay: for a stream; None for a whole answer.
+            usage: for a whole answer.
 
         Raises:
             GatewayError: there is no place for the request, or the engine refuses it or fails.
         """
-        call = await self._enter(request, body, text_tokens, images)
-        answer = await self._engines.complete(call)
-        record_of(request).engine_answered = True
-        return answer
-
-    async def stream(
-        self,
-        request: Request,
-        body: bytes,
-        text_tokens: int,
-        relay: Relay,
-        images: Sequence[CheckedImage] = (),
-    ) -> EventStream:
-        """The engine's streamed answer; returns once the engine has accepted the request. Arguments as for `answer`."""
-        record = record_of(request)
-        source = await self._engines.open_stream(await self._enter(request, body, text_tokens, images))
+        record, call = record_of(request), await self._enter(request, body, text_tokens, images)
+        if relay is None:
+            answer = await self._engines.complete(call)
+            record.engine_answered = True
+            answer["usage"] = usage(record, answer.get("usage") or {})
+            return JSONResponse(answer, headers=record.headers())
+        source = await self._engines.open_stream(call)
         resources_of(request).push_async_callback(source.aclose)
         record.engine_answered = True
         lease_of(request).release()  # the body has gone to the engine, and a stream may take minutes
@@ -83,5 +87,6 @@ class Dispatcher:
                 record.queue_seconds = time.monotonic() - began  # in vain, perhaps
         if record.geometry is not None and record.geometry != await self._engines.geometry():
             raise EngineUnreachableError("the engine was replaced while the request waited; try again")
-        pictures = tuple(hash(image.url) for image in images)
+        # Megabytes to hash, and of use only where there is a choice.
+        pictures = tuple(hash(image.url) for image in images) if len(self._engines.names) > 1 else ()
         return EngineCall(record.route, body, record.request_id, record.trace_headers, cost, pictures)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Final
 
 from server.errors import OverloadedError
 
-_RETRY_AFTER_SECONDS = 5.0
+RETRY_AFTER_SECONDS: Final = 5.0
+"""When another gateway, or the next, will have taken over."""
 
 
 class Drain:
@@ -41,7 +43,7 @@ class Drain:
         """
         if self._is_stopping:
             raise OverloadedError(
-                "the server is stopping; try again", reason="stopping", retry_after_seconds=_RETRY_AFTER_SECONDS
+                "the server is stopping; try again", reason="stopping", retry_after_seconds=RETRY_AFTER_SECONDS
             )
         self._num_inflight += 1
         self._idle.clear()

@@ -43,7 +43,7 @@ _log = logging.getLogger("visiondrop")
 
 
 class EnginePool:
-    """Implements EngineClient over engines of its own; `engines` maps a short name (a metric's label) to each.
+    """What the gateway needs of its engines; `engines` maps a short name (a metric's label) to each.
 
     While `run` is not running, the engines are looked at for every request.
     """

@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from server.connection_guard import ConnectionGuard, ConnectionLimits, guard_connections
+from server.drain import RETRY_AFTER_SECONDS
 from server.errors import OverloadedError
 
 _KEEP_ALIVE_SECONDS: Final = 75
@@ -24,8 +25,6 @@ _END_SECONDS: Final = 0.5
 
 _CANCEL_SECONDS: Final = 2
 """Then uvicorn would cancel what is left, with a traceback for each. Nothing should be."""
-
-_RETRY_AFTER_SECONDS: Final = 5.0
 
 _FILES_PER_CONNECTION: Final = 2  # the client's, and one to the engine
 _OTHER_FILES: Final = 256  # fetched pictures, logs, threads' pipes, listeners
@@ -64,7 +63,7 @@ class HttpServer(uvicorn.Server):
     def cut_off(self) -> None:
         """End every answer that is under way; the app sees that its clients have gone."""
         sentence = "the server was stopped before the answer was complete; try again"
-        error = OverloadedError(sentence, reason="stopping", retry_after_seconds=_RETRY_AFTER_SECONDS)
+        error = OverloadedError(sentence, reason="stopping", retry_after_seconds=RETRY_AFTER_SECONDS)
         for connection in self._connections():
             connection.cut_off(error)
 

@@ -15,14 +15,13 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server import answer_schema as answers
+from server import routes
 from server.budget import HEADER
 from server.completion_request import CompletionRequest
 from server.responses_request import ResponsesRequest
 from server.schemas import ChatRequest
 from server.tokenize_request import DetokenizeRequest, TokenizeRequest
 from server.usage_schema import VisualTokensCount
-
-ROUTE: Final = "/openapi.json"
 
 _EXAMPLE_PICTURE: Final = (
     "data:image/png;base64,"
@@ -77,7 +76,7 @@ class Operation:
 
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
-    ("post", "/v1/chat/completions"): Operation(
+    ("post", routes.CHAT): Operation(
         "Answer a conversation, with or without pictures",
         answers.ChatCompletion,
         _ASKING,
@@ -86,7 +85,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         streams=True,
         counts_tokens=True,
     ),
-    ("post", "/v1/completions"): Operation(
+    ("post", routes.COMPLETIONS): Operation(
         "Continue a text",
         answers.TextCompletion,
         _ASKING,
@@ -95,7 +94,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         streams=True,
         counts_tokens=True,
     ),
-    ("post", "/v1/responses"): Operation(
+    ("post", routes.RESPONSES): Operation(
         "Answer a conversation, with or without pictures; stateless, without tools",
         answers.Response,
         _ASKING,
@@ -104,42 +103,42 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         streams=True,
         counts_tokens=True,
     ),
-    ("post", "/v1/visual_tokens/count"): Operation(
+    ("post", routes.COUNT): Operation(
         "Tell what a chat request would cost at every preset, without running the model",
         VisualTokensCount,
         _ASKING,
         ChatRequest,
         _CHAT_EXAMPLE,
     ),
-    ("post", "/tokenize"): Operation(
+    ("post", routes.TOKENIZE): Operation(
         "Turn a text or a conversation without pictures into token ids",
         answers.Tokens,
         _ASKING,
         TokenizeRequest,
         {"prompt": "A picture"},
     ),
-    ("post", "/detokenize"): Operation(
+    ("post", routes.DETOKENIZE): Operation(
         "Turn token ids into text", answers.Text, _ASKING, DetokenizeRequest, {"tokens": [1, 5, 6]}
     ),
-    ("get", "/v1/models"): Operation("List the models and their budgets", answers.ModelList, _LOOKING),
+    ("get", routes.MODELS): Operation("List the models and their budgets", answers.ModelList, _LOOKING),
     ("get", "/v1/models/{model_id}"): Operation(
         "Tell about one model", answers.Model, (*_LOOKING, 404), parameter="model_id"
     ),
-    ("get", "/health"): Operation("Whether the server lives", answers.Health, _OPEN, needs_key=False),
-    ("get", "/ready"): Operation("Whether the engine makes progress", answers.Ready, (*_LOOKING,)),
-    ("get", "/metrics"): Operation("Metrics in Prometheus's text format", None, _LOOKING),
-    ("get", "/metrics/engine/{engine}"): Operation(
+    ("get", routes.HEALTH): Operation("Whether the server lives", answers.Health, _OPEN, needs_key=False),
+    ("get", routes.READY): Operation("Whether the engine makes progress", answers.Ready, (*_LOOKING,)),
+    ("get", routes.METRICS): Operation("Metrics in Prometheus's text format", None, _LOOKING),
+    ("get", routes.ENGINE_METRICS): Operation(
         "An engine's own metrics in Prometheus's text format", None, (*_LOOKING, 404), parameter="engine"
     ),
-    ("get", ROUTE): Operation("This document", answers.Document, (401, 405, 500)),
+    ("get", routes.OPENAPI): Operation("This document", answers.Document, (401, 405, 500)),
 }
 
 
 def add_route(app: FastAPI) -> None:
-    """Serve the document of an app at ROUTE. It is made at the first request, when all routes are there."""
+    """Serve the document of an app at routes.OPENAPI. It is made at the first request, when all routes are there."""
     made: list[dict[str, Any]] = []
 
-    @app.get(ROUTE)
+    @app.get(routes.OPENAPI)
     async def openapi_document() -> dict[str, Any]:
         if not made:
             made.append(document(app))

@@ -45,13 +45,8 @@ class CompletionHandler:
         return await until_disconnect(request.receive, lambda: self._complete(request, completion))
 
     async def _complete(self, request: Request, completion: CompletionRequest) -> Response:
-        record, body = record_of(request), completion.engine_body()
-        if completion.stream:
-            relay = partial(relay_events, include_usage=completion.include_usage)
-            return await self._dispatcher.stream(request, body, completion.cost, relay)
-        answer = await self._dispatcher.answer(request, body, completion.cost)
-        answer["usage"] = record.usage(answer.get("usage") or {})
-        return JSONResponse(answer, headers=record.headers())
+        relay = partial(relay_events, include_usage=completion.include_usage) if completion.stream else None
+        return await self._dispatcher.reply(request, completion.engine_body(), completion.cost, relay=relay)
 
 
 class TokenizeHandler:

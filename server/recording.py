@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import routes
-from server.error_response import error_response
+from server.error_response import error_event, error_response
 from server.errors import InternalError
 from server.metrics import Metrics
 from server.record import REFUSAL, RequestRecord, choose_request_id
@@ -91,8 +91,7 @@ class RecordingMiddleware:
             if record.sent_status is None:
                 await error_response(error)(scope, receive, send_with_id)
             elif record.stream and not is_over:
-                event = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
-                await send_with_id({"type": "http.response.body", "body": event, "more_body": False})
+                await send_with_id({"type": "http.response.body", "body": error_event(error), "more_body": False})
         finally:
             if REFUSAL in scope:
                 record.mark_failure(scope[REFUSAL])  # to the app it looked as if the client had left

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.disconnect import until_disconnect
 from server.engine_client import EventSource, error_from_engine
+from server.error_response import error_event
 from server.errors import ClientDisconnectedError, EngineFailedError, GatewayError
 from server.record import RequestRecord
 
@@ -42,7 +43,7 @@ async def relay_events(source: EventSource, record: RequestRecord, include_usage
         raise EngineFailedError("the engine's answer ended too early", code="engine_failed")
     except GatewayError as error:
         record.mark_failure(error)
-        yield _event(_dump(error.body()))
+        yield error_event(error)
 
 
 def _relay_chunk(data: bytes, record: RequestRecord, include_usage: bool) -> bytes | None:
@@ -51,15 +52,7 @@ def _relay_chunk(data: bytes, record: RequestRecord, include_usage: bool) -> byt
     Raises:
         GatewayError: it is an error object, or cannot be read.
     """
-    try:
-        chunk = json.loads(data)
-    except ValueError:
-        chunk = None
-    if not isinstance(chunk, dict):
-        raise EngineFailedError("the engine's answer cannot be read", code="engine_failed")
-    if "error" in chunk:
-        code = chunk["error"].get("code") if isinstance(chunk["error"], Mapping) else None
-        raise error_from_engine(code if isinstance(code, int) else 500, chunk)
+    chunk = read_event(data)
     if _has_text(chunk):
         record.mark_token()
     if not chunk.get("usage"):
@@ -69,7 +62,26 @@ def _relay_chunk(data: bytes, record: RequestRecord, include_usage: bool) -> byt
         if not chunk.get("choices"):
             return None
         del chunk["usage"]
-    return _dump(chunk)
+    return dump_event(chunk)
+
+
+def read_event(data: bytes) -> dict[str, Any]:
+    """An event of the engine's, on any route.
+
+    Raises:
+        GatewayError: it is an error object, or cannot be read.
+    """
+    try:
+        event = json.loads(data)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise EngineFailedError("the engine's answer cannot be read", code="engine_failed")
+    if "error" in event or event.get("type") == "error":
+        error = event.get("error")
+        code = error.get("code") if isinstance(error, Mapping) else None
+        raise error_from_engine(code if isinstance(code, int) else 500, event)
+    return event
 
 
 def _has_text(chunk: Mapping[str, Any]) -> bool:
@@ -122,5 +134,6 @@ def _event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-def _dump(value: dict[str, Any]) -> bytes:
+def dump_event(value: Mapping[str, Any]) -> bytes:
+    """The data of an event for the client."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

@@ -5,23 +5,23 @@ vLLM's usage of this route has no count of visual tokens, so that here they are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any, Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.budget import effective_budget
 from server.cost import estimate_text_tokens
 from server.disconnect import until_disconnect
 from server.dispatch import Dispatcher
-from server.engine_client import EventSource, error_from_engine
+from server.engine_client import EventSource
 from server.errors import EngineFailedError, GatewayError
 from server.intake import Intake
 from server.planner import Planner
 from server.record import RequestRecord
 from server.recording import record_of
+from server.relay import dump_event, read_event
 from server.responses_request import ResponsesRequest, parse_responses_request
 
 _LAST: Final = ("response.completed", "response.incomplete", "response.failed")
@@ -50,11 +50,8 @@ class ResponsesHandler:
         images, record = await self._planner.plan(request, asked), record_of(request)
         budgets = [effective_budget(schedule) for schedule in record.schedules]
         body, tokens = asked.engine_body([image.url for image in images], budgets), estimate_text_tokens(_texts(asked))
-        if asked.stream:
-            return await self._dispatcher.stream(request, body, tokens, relay_responses, images)
-        answer = await self._dispatcher.answer(request, body, tokens, images)
-        answer["usage"] = _usage(answer.get("usage") or {}, record)
-        return JSONResponse(answer, headers=record.headers())
+        relay = relay_responses if asked.stream else None
+        return await self._dispatcher.reply(request, body, tokens, images, relay=relay, usage=_usage)
 
 
 async def relay_responses(source: EventSource, record: RequestRecord) -> AsyncGenerator[bytes, None]:
@@ -65,14 +62,14 @@ async def relay_responses(source: EventSource, record: RequestRecord) -> AsyncGe
     number = 0
     try:
         async for data in source:
-            event = _read_event(data)
+            event = read_event(data)
             kind = str(event.get("type"))
             number = int(event.get("sequence_number") or number)
             if kind.endswith(".delta"):
                 record.mark_token()
             response = event.get("response")
             if isinstance(response, dict) and response.get("usage"):
-                response["usage"] = _usage(response["usage"], record)
+                response["usage"] = _usage(record, response["usage"])
             if kind == "response.failed":
                 record.mark_failure(EngineFailedError("the engine failed on this request", code="engine_failed"))
             yield _event(kind, event)
@@ -86,21 +83,7 @@ async def relay_responses(source: EventSource, record: RequestRecord) -> AsyncGe
         yield _event("error", {**body["error"], "type": "error", "sequence_number": number + 1, **body})
 
 
-def _read_event(data: bytes) -> dict[str, Any]:
-    try:
-        event = json.loads(data)
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
-        raise EngineFailedError("the engine's answer cannot be read", code="engine_failed")
-    if "error" in event or event.get("type") == "error":
-        error = event.get("error")
-        code = error.get("code") if isinstance(error, Mapping) else None
-        raise error_from_engine(code if isinstance(code, int) else 500, event)
-    return event
-
-
-def _usage(engine_usage: Mapping[str, Any], record: RequestRecord) -> dict[str, Any]:
+def _usage(record: RequestRecord, engine_usage: Mapping[str, Any]) -> dict[str, Any]:
     """The engine's usage with our figures; in the record it stands as that of a chat completion."""
     details = engine_usage.get("input_tokens_details") or {}
     names = (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens"), ("total_tokens",) * 2)
@@ -127,5 +110,4 @@ def _texts(asked: ResponsesRequest) -> Iterator[str]:
 
 
 def _event(kind: str, event: Mapping[str, Any]) -> bytes:
-    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {kind}\ndata: {data}\n\n".encode()
+    return f"event: {kind}\ndata: ".encode() + dump_event(event) + b"\n\n"

@@ -12,7 +12,7 @@ from server.errors import InvalidRequestError
 from server.generation_fields import INT32_MAX, Count, Stop, StructuredOutputs, TokenId
 from server.picture_marker import refuse_markers
 from server.request_body import RequestBody, Slots, dump_json, parse_body, read_object
-from server.schemas import ImagePart, ImageUrl, RefusalPart
+from server.schemas import ImagePart, ImageUrl, PictureFields, RefusalPart, content_tag, part_tag
 
 _STATELESS: Final = "this server keeps no responses; send the conversation itself as 'input'"
 _NO_TOOLS: Final = "tools are not served on this route; POST /v1/chat/completions has them"
@@ -50,29 +50,11 @@ def _no_file(value: object) -> None:
         raise ValueError("there are no files on this server; send the picture itself as 'image_url'")
 
 
-class InputImage(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
+class InputImage(PictureFields):
     type: Literal["input_image"]
     image_url: StrictStr
     """A data URL (data:image/png;base64,...) or, where the server fetches pictures, an https: URL."""
-    detail: Literal["auto", "low", "high", "original", "full"] | None = None
-    """OpenAI's word for how closely to look; `visual_token_budget` goes before it."""
-    visual_token_budget: BudgetField | None = None
-    """For this picture alone."""
     file_id: Annotated[None, BeforeValidator(_no_file)] = None
-
-
-_PART_KINDS: Final = ("input_text", "output_text", "input_image", "refusal")
-
-
-def _part_tag(part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return f"<{kind}>" if kind in _PART_KINDS else None
-
-
-def _content_tag(content: Any) -> str | None:
-    return "<string>" if isinstance(content, str) else "<parts>" if isinstance(content, list) else None
 
 
 def _item_tag(item: Any) -> str | None:
@@ -86,7 +68,7 @@ InputPart: TypeAlias = Annotated[
     | Annotated[InputImage, Tag("<input_image>")]
     | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(
-        _part_tag,
+        part_tag("input_text", "output_text", "input_image", "refusal"),
         custom_error_type="content_part",
         custom_error_message="a content part must be an object of type 'input_text', 'input_image' or 'output_text'; "
         "files, audio and video are not served",
@@ -104,7 +86,7 @@ class InputMessage(BaseModel):
     content: Annotated[
         Annotated[StrictStr, Tag("<string>")] | Annotated[list[InputPart], Field(fail_fast=True), Tag("<parts>")],
         Discriminator(
-            _content_tag,
+            content_tag,
             custom_error_type="content",
             custom_error_message="content must be a string or a list of content parts",
         ),
@@ -153,7 +135,7 @@ class ResponsesRequest(RequestBody):
         Annotated[StrictStr, Tag("<string>")]
         | Annotated[list[InputItem], Field(min_length=1, fail_fast=True), Tag("<parts>")],
         Discriminator(
-            _content_tag, custom_error_type="input", custom_error_message="input must be a string or a list of messages"
+            content_tag, custom_error_type="input", custom_error_message="input must be a string or a list of messages"
         ),
     ]
     model: StrictStr | None = None

@@ -5,7 +5,7 @@ Every field is honoured or refused (engine_fields.py); the values go to the engi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag
@@ -34,15 +34,20 @@ class RefusalPart(BaseModel):
     refusal: StrictStr
 
 
-class ImageUrl(BaseModel):
+class PictureFields(BaseModel):
+    """What any route's picture may say of its cost."""
+
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    url: StrictStr
-    """A data URL (data:image/png;base64,...) or, where the server fetches pictures, an https: URL."""
     detail: Literal["auto", "low", "high", "original", "full"] | None = None
     """OpenAI's word for how closely to look; `visual_token_budget` goes before it."""
     visual_token_budget: BudgetField | None = None
     """For this picture alone."""
+
+
+class ImageUrl(PictureFields):
+    url: StrictStr
+    """A data URL (data:image/png;base64,...) or, where the server fetches pictures, an https: URL."""
 
 
 class ImagePart(BaseModel):
@@ -53,12 +58,18 @@ class ImagePart(BaseModel):
     image_url: ImageUrl
 
 
-def _part_tag(part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return f"<{kind}>" if kind in ("text", "refusal", "image_url") else None
+def part_tag(*kinds: str) -> Callable[[Any], str | None]:
+    """The discriminator of content parts, by their `type`."""
+
+    def tag(part: Any) -> str | None:
+        kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+        return f"<{kind}>" if kind in kinds else None
+
+    return tag
 
 
-def _content_tag(content: Any) -> str | None:
+def content_tag(content: Any) -> str | None:
+    """The discriminator of a message's content."""
     return "<string>" if isinstance(content, str) else "<parts>" if isinstance(content, list) else None
 
 
@@ -67,7 +78,7 @@ Part: TypeAlias = Annotated[
     | Annotated[RefusalPart, Tag("<refusal>")]
     | Annotated[ImagePart, Tag("<image_url>")],
     Discriminator(
-        _part_tag,
+        part_tag("text", "refusal", "image_url"),
         custom_error_type="content_part",
         custom_error_message="a content part must be an object of type 'text' or 'image_url'; "
         "video, audio and embeddings are not served",
@@ -77,7 +88,7 @@ Part: TypeAlias = Annotated[
 Content: TypeAlias = Annotated[
     Annotated[StrictStr, Tag("<string>")] | Annotated[list[Part], Field(fail_fast=True), Tag("<parts>")],
     Discriminator(
-        _content_tag,
+        content_tag,
         custom_error_type="content",
         custom_error_message="content must be a string or a list of content parts",
     ),
