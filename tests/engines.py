@@ -6,9 +6,10 @@ Log-probabilities are those of the whole vocabulary: on tiny random models diffe
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.model_executor.models import registry
+from vllm.platforms.cpu import CpuPlatform
 
 import vd_plugin
 
@@ -125,10 +127,15 @@ def draw(width: int, height: int, seed: int = 0) -> Image.Image:
 _running: tuple[str, Engine] | None = None
 
 
-def start(model: str | Path, *, layers: Sequence[int] = (), **overrides: Any) -> Engine:
-    """An engine with the plugin, by default without decoder stages; the running one if it is the same."""
+def start(model: str | Path, *, layers: Sequence[int] = (), asynchronous: bool = False, **overrides: Any) -> Engine:
+    """An engine with the plugin, by default without decoder stages; the running one if it is the same.
+
+    Args:
+        asynchronous: prepare each step while the one before it runs, as vLLM does on a GPU; on a CPU it never would.
+    """
     options = {**FAST, **overrides}
-    return _start(vd_plugin.engine_args(str(model), visiondrop={"layers": list(layers)}, **options))
+    arguments = vd_plugin.engine_args(str(model), visiondrop={"layers": list(layers)}, **options)
+    return _start(arguments, asynchronous)
 
 
 def start_stock(model: str | Path, **overrides: Any) -> Engine:
@@ -143,24 +150,51 @@ def stop() -> None:
         engine.stop()
 
 
-def _start(arguments: dict[str, Any]) -> Engine:
+def _start(arguments: dict[str, Any], asynchronous: bool = False) -> Engine:
     global _running
-    key = repr(sorted(arguments.items()))
+    key = repr((sorted(arguments.items()), asynchronous))
     if _running is not None and _running[0] == key:
         _running[1].forget()
         return _running[1]
     stop()
-    _running = key, Engine(arguments)
+    with _scheduling(asynchronous):
+        _running = key, Engine(arguments)
     return _running[1]
 
 
+@contextlib.contextmanager
+def _scheduling(asynchronous: bool) -> Iterator[None]:
+    """vLLM switches asynchronous scheduling off for the CPU as its last word on the configuration: take it back."""
+    if not asynchronous:
+        yield
+        return
+
+    def check(cls: type, config: Any) -> None:
+        stock(config)
+        config.scheduler_config.async_scheduling = True
+
+    stock = CpuPlatform.check_and_update_config
+    CpuPlatform.check_and_update_config = classmethod(check)
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = stock
+
+
+def answers_of(output: Any) -> list[Answer]:
+    """All `n` answers of a request."""
+    answers = []
+    for completion in output.outputs:
+        rows = []
+        for step in completion.logprobs:
+            row = torch.full((VOCABULARY,), -torch.inf)
+            row[list(step)] = torch.tensor([entry.logprob for entry in step.values()])
+            rows.append(row)
+        prompt, cached = list(output.prompt_token_ids), output.num_cached_tokens or 0
+        answers.append(Answer(list(completion.token_ids), torch.stack(rows), prompt, cached))
+    return answers
+
+
 def _answer(output: Any) -> Answer:
-    (completion,) = output.outputs
-    rows = []
-    for step in completion.logprobs:
-        row = torch.full((VOCABULARY,), -torch.inf)
-        row[list(step)] = torch.tensor([entry.logprob for entry in step.values()])
-        rows.append(row)
-    return Answer(
-        list(completion.token_ids), torch.stack(rows), list(output.prompt_token_ids), output.num_cached_tokens or 0
-    )
+    (answer,) = answers_of(output)
+    return answer

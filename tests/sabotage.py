@@ -110,6 +110,11 @@ def continue_from_the_first_row(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(state, "final_rows", lambda *args: np.maximum(final_rows(*args) - 1, 0))
 
 
+def trust_blocks_of_this_step(patch: pytest.MonkeyPatch) -> None:
+    """An image is scored against keys of blocks that the same step will fill."""
+    patch.setattr(scheduler.VisionDropScheduler, "_is_filled", lambda self, blocks: True)
+
+
 def split_images(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(scheduler, "whole_images", lambda found, start, end: end)
 

@@ -88,6 +88,22 @@ def wipe(engine: Engine) -> None:
     engine.forget()
 
 
+def dirty(engine: Engine, seed: int = 0) -> None:
+    """Make it cold, and fill its KV cache with what other people might have left there.
+
+    A new cache holds zeros, and a used one often the very keys that a test is about: both hide reads of wrong blocks.
+    """
+
+    def fill(model: Any) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for layer in model.language_model.model.layers:
+            cache = layer.self_attn.attn.kv_cache
+            cache.copy_(torch.randn(cache.shape, generator=generator) * 3)
+
+    engine.on_model(fill)
+    engine.forget()
+
+
 def assert_same(one: Answer, other: Answer, tolerance: float = SAME) -> None:
     assert one.prompt_token_ids == other.prompt_token_ids
     assert difference(one, other) <= tolerance

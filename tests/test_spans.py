@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_layout import NUM_STAGES, spans_and_length
 
 from vd_plugin.schedule import Schedule, TokenSplit, stage_rows
-from vd_plugin.spans import ImageSpan, dropped_before, identify, read_spans, whole_images
+from vd_plugin.spans import ImageSpan, before_images, dropped_before, identify, read_spans, whole_images
 
 LAYERS = (2, 2, 2, 2)
 
@@ -93,6 +93,22 @@ def test_a_step_ends_as_late_as_it_can_without_splitting_an_image(
     start = data.draw(st.sampled_from(allowed))
     end = data.draw(st.integers(start, length))
     assert whole_images(spans, start, end) == max(edge for edge in allowed if edge <= end)
+
+
+@given(spans_and_length(), st.data())
+def test_a_step_ends_as_late_as_it_can_without_an_image(
+    prompt: tuple[tuple[ImageSpan, ...], int], data: st.DataObject
+) -> None:
+    spans, length = prompt
+    start = data.draw(
+        st.sampled_from([0, length, *(span.end for span in spans)])
+        | st.integers(0, length).filter(lambda edge: not any(span.offset < edge < span.end for span in spans))
+    )
+    end = data.draw(st.integers(start, length))
+    allowed = [
+        edge for edge in range(start, end + 1) if not any(start < span.end and span.offset < edge for span in spans)
+    ]
+    assert before_images(spans, start, end) == max(allowed)
 
 
 @given(spans_and_length(), st.integers(1, NUM_STAGES))

@@ -62,6 +62,30 @@ SIGNATURES = {
     f"{CLIP}:CLIPMLP.forward": ["self", "hidden_states"],
     f"{CLIP}:CLIPAttention.forward": ["self", "hidden_states"],
     "vllm.distributed:tensor_model_parallel_all_gather": ["input_", "dim"],
+    # scheduler.py, kv_cache.py
+    "vllm.v1.core.sched.scheduler:Scheduler.schedule": ["self", "throttle_prefills"],
+    "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit": ["self", "request"],
+    "vllm.v1.core.sched.scheduler:Scheduler._try_schedule_encoder_inputs": [
+        "self",
+        "request",
+        "num_computed_tokens",
+        "num_new_tokens",
+        "encoder_compute_budget",
+        "shift_computed_tokens",
+    ],
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks": [
+        "self",
+        "request",
+        "num_tokens",
+        "retention_interval",
+        "replay_boundaries",
+    ],
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks": [
+        "self",
+        "request_id",
+        "num_tokens",
+        "num_tokens_main_model",
+    ],
     # register.py, validation.py, geometry_route.py
     "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config": ["vllm_config"],
     "vllm.model_executor.models.registry:_ModelRegistry.register_model": ["self", "model_arch", "model_cls"],

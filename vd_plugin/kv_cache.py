@@ -54,6 +54,11 @@ class StagedKVCacheManager(FullAttentionManager):  # type: ignore[misc]
 
     spans_of: Callable[[str], tuple[ImageSpan, ...]]
     """Request id -> its pruned images; set by the scheduler, which knows the requests."""
+    cached_this_step: set[int]
+    """Blocks offered to the prefix cache while the current step is being scheduled: no step has filled them yet.
+
+    Set by the scheduler, which empties it as a step begins; all managers share one.
+    """
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -73,7 +78,10 @@ class StagedKVCacheManager(FullAttentionManager):  # type: ignore[misc]
         """
         spans = self.spans_of(request.request_id)
         limit = min(num_tokens, spans[0].offset) if spans else num_tokens
+        before = self.num_cached_block.get(request.request_id, 0)
         super().cache_blocks(request, limit, *args, **kwargs)
+        after = self.num_cached_block.get(request.request_id, 0)
+        self.cached_this_step.update(block.block_id for block in self.req_to_blocks[request.request_id][before:after])
 
     def _rows(self, request_id: str, num_tokens: int) -> int:
         return num_tokens - dropped_before(self.spans_of(request_id), self.kv_cache_spec.stage, num_tokens)

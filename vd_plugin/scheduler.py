@@ -1,4 +1,10 @@
-"""vLLM's scheduler, with two additions: images are computed whole, and KV-cache managers know where images lie.
+"""vLLM's scheduler, with three additions: images are computed whole, KV-cache managers know where images lie, and no
+image is scored against keys that the same step is still to write.
+
+On the last: vLLM offers a block to the prefix cache when it schedules the step that will fill it. Attention may use the
+block at once, since each layer writes all keys of a step before it attends. Pruning reads the keys of the *next* layer,
+before that layer has run (docs/decisions/0008): an image whose text was found in such a block waits for the next step.
+What counts is the order of steps on the device, so it holds for steps that are prepared ahead of time, too.
 
 Base class: the asynchronous scheduler, which also runs synchronous engines.
 Upstream: `vllm/v1/core/sched/scheduler.py` (vLLM 0.32).
@@ -10,11 +16,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from vd_plugin.kv_cache import StagedKVCacheManager
-from vd_plugin.spans import ImageSpan, read_spans, whole_images
+from vd_plugin.spans import ImageSpan, before_images, read_spans, whole_images
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -23,14 +31,34 @@ class VisionDropScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships n
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._spans: WeakKeyDictionary[Request, tuple[ImageSpan, ...]] = WeakKeyDictionary()
+        self._cached_this_step: set[int] = set()
+        """Blocks that were offered to the prefix cache since the step began: they are still to be filled."""
+        self._found_unfilled: Request | None = None
+        """The request that is being admitted, if its beginning was found in such blocks."""
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, StagedKVCacheManager):
                 manager.spans_of = lambda request_id: self._spans_of(self.requests[request_id])
+                manager.cached_this_step = self._cached_this_step
 
     def _spans_of(self, request: Request) -> tuple[ImageSpan, ...]:
         if request not in self._spans:
             self._spans[request] = read_spans(request.mm_features)
         return self._spans[request]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._cached_this_step.clear()
+        self._found_unfilled = None
+        return super().schedule(*args, **kwargs)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        hit: tuple[KVCacheBlocks, int, int, bool] = super()._get_local_prefix_cache_hit(request)
+        self._found_unfilled = None if self._is_filled(hit[0]) else request
+        return hit
+
+    def _is_filled(self, blocks: KVCacheBlocks) -> bool:
+        """Whether earlier steps have written all of these blocks."""
+        unfilled = self._cached_this_step
+        return not unfilled or all(block.block_id not in unfilled for group in blocks.blocks for block in group)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -40,7 +68,7 @@ class VisionDropScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships n
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """End the step before an image that does not fit in it.
+        """End the step before an image that does not fit in it, or whose text the step is still to write.
 
         vLLM's own `disable_chunked_mm_input` does not hold for an image that begins where the step begins. It cannot
         starve: running requests are served in order, and a step has room for every decode beside the largest image.
@@ -52,6 +80,8 @@ class VisionDropScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships n
             self.encoder_cache_mismatch_reqs.add(request.request_id)
             return [], 0, encoder_compute_budget, [], []
         end = whole_images(spans, num_computed_tokens, num_computed_tokens + num_new_tokens)
+        if request is self._found_unfilled:
+            end = before_images(spans, num_computed_tokens, end)
         answer: tuple[list[int], int, int, list[int], list[int]] = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, end - num_computed_tokens, encoder_compute_budget, shift_computed_tokens
         )

@@ -76,6 +76,11 @@ def whole_images(spans: Iterable[ImageSpan], start: int, end: int) -> int:
     return end
 
 
+def before_images(spans: Iterable[ImageSpan], start: int, end: int) -> int:
+    """The largest end of a step, at most `end`, that starts at token `start` and computes no pruned image."""
+    return min((span.offset for span in spans if start <= span.offset < end), default=end)
+
+
 def _parse(stage: str) -> TokenSplit | None:
     if not stage:
         return None
