@@ -7,12 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import VOCABULARY, Engine, draw, request
 from staged import SAME, Stepper, greedy, start_large
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+from vd_plugin import request_checks
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -59,17 +63,72 @@ def test_logprobs_are_those_of_the_most_likely_tokens(engine: Engine) -> None:
         )
 
 
-@pytest.mark.parametrize("asked", [ASKED, TEXT], ids=["image", "text"])
-def test_prompt_logprobs_are_refused_for_pruned_images_alone(engine: Engine, asked: dict[str, Any]) -> None:
-    (output,) = outputs(engine, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1), asked)
-    if asked is TEXT:
-        assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
-    else:
-        assert output.outputs[0].finish_reason == "error"
-        assert not output.outputs[0].token_ids
+PROMPT_LOGPROBS = [{"prompt_logprobs": 1}, {"prompt_logprob_token_ids": [[5, 6]] * 20}]
+
+
+@pytest.mark.parametrize("fields", PROMPT_LOGPROBS, ids=lambda fields: next(iter(fields)))
+def test_prompt_logprobs_are_refused_for_pruned_images(engine: Engine, fields: dict[str, Any]) -> None:
+    (name,) = fields
+    rows = len(engine.ask(**_arguments(ASKED), num_tokens=1).prompt_token_ids) - 1
+    if name == "prompt_logprob_token_ids":
+        fields = {name: np.full((rows, 2), 5)}
+    with pytest.raises(VLLMValidationError, match=f"{name} are not available for prompts with pruned images") as caught:
+        outputs(engine, SamplingParams(temperature=0, max_tokens=2, **fields))
+    assert caught.value.parameter == name
+
+
+def test_prompt_logprobs_are_there_for_text(engine: Engine) -> None:
+    (output,) = outputs(engine, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1), TEXT)
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+
+
+def test_the_scheduler_ends_what_went_past_the_front_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_checks, "check_request", lambda *_: None)
+    (output,) = outputs(engine, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1))
+    assert output.outputs[0].finish_reason == "error"
+    assert not output.outputs[0].token_ids
     stepper = Stepper(engine)
     assert not stepper.scheduler.requests
     assert stepper.free_blocks == stepper.pool.num_gpu_blocks - 1
+
+
+def test_an_image_serves_again_after_a_refusal(engine: Engine) -> None:
+    """The front end thinks that the engine core has an image once it was processed: after a refusal it has not."""
+    engine.forget()
+    refused = [
+        SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1),
+        SamplingParams(temperature=0, max_tokens=2, min_tokens=2, stop_token_ids=[-1], prompt_logprobs=0),
+    ]
+    for params in refused:
+        with pytest.raises(VLLMValidationError):
+            engine.llm.generate([ASKED], params, use_tqdm=False)
+        assert len(engine.generate(ASKED)[0].token_ids) == 4
+    engine.forget()
+    few = len(engine.generate(TEXT)[0].prompt_token_ids)
+    too_long = {**ASKED, "prompt": ASKED["prompt"] + TEXT["prompt"] * (4000 // few)}
+    with pytest.raises(VLLMValidationError, match="longer than the maximum model length"):
+        engine.generate(too_long)
+    assert len(engine.generate(ASKED)[0].token_ids) == 4
+    engine.forget()
+    with pytest.raises(Exception):  # noqa: B017, PT011  # vLLM's own, an assertion
+        engine.generate({**ASKED, "multi_modal_data": {"image": ASKED["multi_modal_data"]["image"] * 2}})
+    assert len(engine.generate(ASKED)[0].token_ids) == 4
+
+
+def test_images_of_a_streaming_session_are_refused(engine: Engine) -> None:
+    """Text, and images in full, pass: only pruned images would be looked for in vain where a session has grown."""
+    processor = engine.llm.llm_engine.input_processor
+    render = engine.llm.llm_engine.renderer.render_cmpl
+
+    def process(asked: dict[str, Any]) -> Any:
+        (prompt,) = render([asked], engine.llm.llm_engine.renderer.default_cmpl_tok_params)
+        return processor.process_inputs("session", prompt, greedy(2), supported_tasks=("generate",), resumable=True)
+
+    assert process(TEXT).resumable
+    assert process({**ASKED, "mm_processor_kwargs": {"visual_token_budget": "full"}}).resumable
+    with pytest.raises(VLLMValidationError, match="streaming-input sessions cannot be pruned"):
+        process(ASKED)
+    engine.forget()
 
 
 def test_a_stop_string_ends_the_answer(engine: Engine) -> None:
@@ -121,3 +180,7 @@ def test_an_answer_has_the_structure_that_was_asked_for(engine: Engine, name: st
     assert is_right(made.outputs[0].text)
     assert list(free.outputs[0].token_ids) == list(alone.outputs[0].token_ids)
     assert len(text.outputs[0].token_ids) == 4
+
+
+def _arguments(asked: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": asked["prompt"], "images": asked["multi_modal_data"]["image"], **asked["mm_processor_kwargs"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,10 @@ WIDE, TALL, SQUARE = draw(640, 320, seed=1), draw(320, 640, seed=2), draw(500, 4
 class Processor:
     """vLLM's processor for a checkpoint, and the arithmetic that it must agree with."""
 
-    def __init__(self, folder: Path, *, ours: bool = True, **arguments: Any) -> None:
+    def __init__(self, folder: Path, *, ours: bool = True, allowed: Sequence[str] = (), **arguments: Any) -> None:
         given = {"model": str(folder), "dtype": "float32", "max_model_len": 4096, **arguments}
         if ours:
-            given = vd_plugin.engine_args(**given, visiondrop={"layers": []})
+            given = vd_plugin.engine_args(**given, visiondrop={"layers": [], "allow_processor_kwargs": list(allowed)})
         self.config = EngineArgs(**given).create_model_config()
         self.vllm = MULTIMODAL_REGISTRY.create_processor(self.config)
         self.image_token: int = self.config.hf_config.image_token_index
@@ -235,9 +236,29 @@ def test_both_keys_are_refused(processor: Processor) -> None:
 
 
 def test_a_bad_value_is_refused_without_an_image_too(processor: Processor) -> None:
-    """A list is measured against no images; one value is not looked at, like any key that nothing uses."""
     with pytest.raises(VLLMValidationError, match="1 entries for 0 image"):
         processor("Only text", [], {"visual_token_budget": [320]})
+    with pytest.raises(VLLMValidationError, match="a visual token budget must be"):
+        processor("Only text", [], {"visual_token_budget": "much"})
+    with pytest.raises(VLLMValidationError, match="must be a list of"):
+        processor("Only text", [], {"visual_token_schedule": 7})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"visual_token_schedule": [["x" * 300_000, 6]]},
+        {"visual_token_schedule": [[7, 6]] * 100_000},
+        {"visual_token_schedule": ["x" * 100] * 100_000},
+        {"visual_token_budget": "x" * 800_000},
+        {"visual_token_budget": ["x" * 800_000]},
+        {"visual_token_budget": {"x" * 800_000: 1}},
+        {"x" * 800_000: 1},
+    ],
+    ids=lambda asked: f"{asked!s:.40}",
+)
+def test_an_error_quotes_little(processor: Processor, asked: dict[str, Any]) -> None:
+    assert len(str(_refuse(processor, [WIDE], asked))) < 1000
 
 
 def test_a_refusal_leaves_nothing_in_the_cache(processor: Processor) -> None:
@@ -311,6 +332,7 @@ def test_without_our_key_a_picture_has_the_stock_hash(name: str, request: pytest
         assert _hashes(stock, pictures) == _hashes(ours, pictures)
         assert _hashes(stock, pictures) == _hashes(ours, pictures, {"visual_token_budget": "full"})
     kept = {"images_kwargs": {"do_convert_rgb": True}}
+    ours = Processor(folder, allowed=["images_kwargs"])
     assert _hashes(stock, [WIDE], kept) == _hashes(ours, [WIDE], kept)
     assert _hashes(ours, [WIDE], kept) != _hashes(ours, [WIDE])
     assert _hashes(ours, [WIDE], {**kept, "visual_token_budget": 160}) != _hashes(

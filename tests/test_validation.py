@@ -21,8 +21,15 @@ from vllm.engine.arg_utils import EngineArgs
 
 import vd_plugin
 from vd_plugin.cpu.bootstrap import ENVIRONMENT
-from vd_plugin.options import parse_boundaries, read_geometry
-from vd_plugin.validation import check_decoder, check_engine, check_model, prepare_staged_engine
+from vd_plugin.options import parse_options, read_geometry
+from vd_plugin.validation import (
+    check_decoder,
+    check_engine,
+    check_final,
+    check_model,
+    check_server,
+    prepare_staged_engine,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,7 @@ REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
     ("speculative", lambda c: setattr(c, "speculative_config", FAKE), "speculative_config"),
     ("lora", lambda c: setattr(c, "lora_config", FAKE), "enable_lora"),
     ("kv connector", lambda c: setattr(c, "kv_transfer_config", FAKE), "kv_transfer_config"),
+    ("offloading", lambda c: setattr(c.cache_config, "kv_offloading_size", 1.0), "kv_offloading_size"),
     ("ec connector", lambda c: setattr(c, "ec_transfer_config", FAKE), "ec_transfer_config"),
     ("embeds", lambda c: setattr(c.model_config.multimodal_config, "enable_mm_embeds", True), "enable_mm_embeds"),
     (
@@ -90,6 +98,7 @@ def test_the_first_model_runner_is_refused(config: Any, demo: Path, monkeypatch:
     [
         ({"enable_lora": True}, "enable_lora"),
         ({"enable_mm_embeds": True}, "enable_mm_embeds"),
+        ({"kv_offloading_size": 1.0}, "kv_offloading_size"),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline_parallel_size"),
     ],
     ids=repr,
@@ -167,6 +176,27 @@ def test_the_usual_settings_are_accepted_with_decoder_stages(staged: Any) -> Non
     assert staged.scheduler_config.scheduler_cls == "vd_plugin.scheduler.VisionDropScheduler"
 
 
+@pytest.mark.parametrize(("change", "says"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_settings_are_looked_at_again_when_they_are_final(
+    staged: Any, change: Callable[[Any], object], says: str
+) -> None:
+    """vLLM derives some from others after it has asked us: the scheduler, which comes last, asks again."""
+    prepare_staged_engine(staged)
+    check_final(staged)
+    change(staged)
+    with pytest.raises(NotImplementedError, match=f"VisionDrop does not support .*{says}"):
+        check_final(staged)
+
+
+@pytest.mark.parametrize("flag", ["enable_scale_out", "tokens_only"])
+def test_routes_past_our_processor_are_refused(flag: str) -> None:
+    args = SimpleNamespace(enable_scale_out=False, tokens_only=False)
+    check_server(args)
+    setattr(args, flag, True)
+    with pytest.raises(NotImplementedError, match="--enable-scale-out and --tokens-only"):
+        check_server(args)
+
+
 def test_an_unknown_decoder_is_refused_with_decoder_stages_alone(staged: Any) -> None:
     fake = SimpleNamespace(layers=[SimpleNamespace(self_attn=FAKE)])
     with pytest.raises(NotImplementedError, match="inside Llama, Mistral and Qwen2 decoders, not SimpleNamespace"):
@@ -230,7 +260,18 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path: Path, demo: Path) -> No
         vd_plugin.engine_args(str(tmp_path))
 
 
-@pytest.mark.parametrize("options", [{"layer": [1]}, {"layers": [], "budget": 3}, {"layers": "2,4,6"}, {"layers": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer": [1]},
+        {"layers": [], "budget": 3},
+        {"layers": "2,4,6"},
+        {"layers": 4},
+        {"allow_processor_kwargs": "all"},
+        {"allow_processor_kwargs": [1]},
+    ],
+    ids=repr,
+)
 def test_unknown_options_are_refused(demo: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="visiondrop"):
         vd_plugin.engine_args(str(demo), visiondrop=options)
@@ -239,7 +280,7 @@ def test_unknown_options_are_refused(demo: Path, options: dict[str, Any]) -> Non
 @pytest.mark.parametrize("layers", [[1.0, 2, 3], [True, 2, 3], ["2", 4, 6], [None], {2, 4, 6}], ids=repr)
 def test_depths_that_are_no_integers_are_refused(layers: Any) -> None:
     with pytest.raises(ValueError, match="must be a list of decoder depths"):
-        parse_boundaries({"layers": layers}, default=())
+        parse_options({"layers": layers})
 
 
 def test_overrides_by_a_function_are_refused(demo: Path) -> None:

@@ -62,6 +62,18 @@ SIGNATURES = {
     f"{CLIP}:CLIPMLP.forward": ["self", "hidden_states"],
     f"{CLIP}:CLIPAttention.forward": ["self", "hidden_states"],
     "vllm.distributed:tensor_model_parallel_all_gather": ["input_", "dim"],
+    # request_checks.py, which wraps these
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": [
+        "self",
+        "request_id",
+        "prompt",
+        "params",
+        "supported_tasks",
+    ],
+    "vllm.renderers.base:BaseRenderer._process_tokens": ["self", "prompt", "skip_mm_cache"],
+    "vllm.renderers.base:BaseRenderer._process_tokens_async": ["self", "prompt", "skip_mm_cache"],
+    "vllm.renderers.base:BaseRenderer.get_mm_processor": ["self"],
+    "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.invalidate": ["self", "mm_hash"],
     # scheduler.py, kv_cache.py
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": ["self", "throttle_prefills"],
     "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit": ["self", "request"],
@@ -118,7 +130,8 @@ FIELDS = {
     ],
     "vllm.config.multimodal:MultiModalConfig": ["enable_mm_embeds", "mm_hasher_algorithm", "mm_processor_cache_type"],
     "vllm.config:SchedulerConfig": ["max_num_encoder_input_tokens"],
-    f"{PROCESSING}:ProcessorInputs": ["hf_processor_mm_kwargs", "mm_data_items"],
+    f"{PROCESSING}:ProcessorInputs": ["cache", "hf_processor_mm_kwargs", "mm_data_items"],
+    "vllm.config:CacheConfig": ["kv_offloading_size"],
 }
 """Dataclass -> the fields that we read, or replace."""
 
@@ -133,12 +146,21 @@ NAMES = [
     "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
     "vllm.multimodal:MULTIMODAL_REGISTRY",
     "vllm.multimodal.inputs:MultiModalKwargsItems",
+    "vllm.renderers.base:BaseRenderer.mm_processor_cache",
     f"{PROCESSING}:PromptUpdate",
     f"{PROCESSING}.context:TimingContext",
     "vllm.utils.argparse_utils:FlexibleArgumentParser",
 ]
 
-FLAGS = ["enable_prompt_tokens_details", "hf_overrides", "host", "trust_request_mm_kwargs", "uds"]
+FLAGS = [
+    "enable_prompt_tokens_details",
+    "enable_scale_out",
+    "hf_overrides",
+    "host",
+    "tokens_only",
+    "trust_request_mm_kwargs",
+    "uds",
+]
 """Of vLLM's server, which engine.py reads or sets."""
 
 
@@ -201,7 +223,8 @@ def test_our_processors_override_what_exists() -> None:
     """A renamed hook of vLLM's would leave ours uncalled, in silence."""
     ours = _find("vd_plugin.processor:_BudgetProcessor")
     for stock in (f"{NEXT}:LlavaNextMultiModalProcessor", f"{LLAVA}:LlavaMultiModalProcessor"):
-        hooks = {name for name, value in vars(ours).items() if callable(value)} - {"_resolve", "_resolve_image"}
+        own = {"_check_processed", "_resolve", "_resolve_image"}
+        hooks = {name for name, value in vars(ours).items() if callable(value)} - own
         assert len(hooks) == 6
         assert not {name for name in hooks if not hasattr(_find(stock), name)}
 

@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from typing import NoReturn
 
 from vd_plugin.options import engine_args
+from vd_plugin.validation import check_server
 
 _CPU_MEMORY_SHARE = 0.25
 """Of the free memory, for the KV cache on a machine without a GPU."""
@@ -49,6 +50,7 @@ def _serve(model: str, options: list[str]) -> None:
     parser = make_arg_parser(FlexibleArgumentParser(prog="visiondrop engine"))
     parser.error = lambda message: _fail(f"engine options: {message}")
     args = parser.parse_args(["--model", model, *options])
+    check_server(args)
     args.hf_overrides = engine_args(model, hf_overrides=args.hf_overrides)["hf_overrides"]
     args.enable_prompt_tokens_details = True
     if _is_private(args):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, HTTPException, Request
 
 from vd_plugin.options import ARCHITECTURES, read_geometry
+from vd_plugin.validation import check_server
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -40,6 +41,7 @@ class GeometryRoute:
             return
         hf_config = engine_client.model_config.hf_config
         if hf_config.architectures[0] in ARCHITECTURES.values():
+            check_server(args)
             state.visiondrop_geometry = {
                 "geometry": read_geometry(hf_config).to_dict(),
                 "plugin_version": version("visiondrop"),

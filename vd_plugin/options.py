@@ -7,6 +7,7 @@ Imports nothing heavy: `import vd_plugin` happens at the start of every Python p
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ def engine_args(model: str, *, visiondrop: Mapping[str, Any] | None = None, **ov
         model: folder or model id of a LLaVA-NeXT or LLaVA-1.5 checkpoint.
         visiondrop: options of the plugin; `layers` holds the three depths of the decoder after which images are
             pruned again (by default after a quarter, a half and three quarters of its layers), [] prunes at the
-            encoder alone.
+            encoder alone; `allow_processor_kwargs` names arguments of the image processor that requests may set.
         overrides: any other engine argument; an `hf_overrides` mapping is merged with ours, and its `visiondrop` entry
             stands where the argument of that name is not given.
 
@@ -40,24 +41,49 @@ def engine_args(model: str, *, visiondrop: Mapping[str, Any] | None = None, **ov
     if not isinstance(hf_overrides, Mapping):
         raise ValueError("hf_overrides must be a mapping: VisionDrop adds its own keys to it")
     options = dict(visiondrop if visiondrop is not None else hf_overrides.get(OPTIONS_KEY) or {})
-    parse_boundaries(options, default=())
+    parse_options(options)
     architecture = ARCHITECTURES[_read_model_type(model, overrides)]
     merged = {**hf_overrides, "architectures": [architecture], OPTIONS_KEY: options}
     return {"model": model, **overrides, "hf_overrides": merged}
 
 
-def parse_boundaries(options: object, *, default: tuple[int, ...]) -> tuple[int, ...]:
-    """The decoder's pruning depths among the options, or `default` where they say nothing.
+@dataclass(frozen=True, slots=True)
+class PluginOptions:
+    """The entry `visiondrop` of `hf_overrides`."""
+
+    layers: tuple[int, ...] | None
+    """Depths of the decoder after which images are pruned again; None for the default ones."""
+    allow_processor_kwargs: frozenset[str]
+    """Arguments of the image processor that a request may set beside ours."""
+
+
+def parse_options(options: object) -> PluginOptions:
+    """Read the plugin's options.
 
     Raises:
-        ValueError: an unknown option, or depths that are no list of integers.
+        ValueError: an unknown option, or a value of the wrong form.
     """
-    if not isinstance(options, Mapping) or set(options) - {"layers"}:
-        raise ValueError(f"the options of {OPTIONS_KEY!r} are {{'layers': [depths]}}; got {options!r}")
-    layers = options.get("layers", default)
-    if not isinstance(layers, list | tuple) or any(type(depth) is not int for depth in layers):
+    if not isinstance(options, Mapping) or set(options) - {"layers", "allow_processor_kwargs"}:
+        raise ValueError(
+            f"the options of {OPTIONS_KEY!r} are {{'layers': [depths], 'allow_processor_kwargs': [names]}}; "
+            f"got {options!r}"
+        )
+    layers = options.get("layers")
+    if layers is not None and (not isinstance(layers, list | tuple) or any(type(depth) is not int for depth in layers)):
         raise ValueError(f"{OPTIONS_KEY}.layers must be a list of decoder depths; got {layers!r}")
-    return tuple(layers)
+    allowed = options.get("allow_processor_kwargs", [])
+    if not isinstance(allowed, list | tuple) or any(type(name) is not str for name in allowed):
+        raise ValueError(f"{OPTIONS_KEY}.allow_processor_kwargs must be a list of argument names; got {allowed!r}")
+    return PluginOptions(None if layers is None else tuple(layers), frozenset(allowed))
+
+
+def read_options(hf_config: Any) -> PluginOptions:
+    """The plugin's options of a model, from its Hugging Face configuration.
+
+    Raises:
+        ValueError: an option is wrong.
+    """
+    return parse_options(getattr(hf_config, OPTIONS_KEY, None) or {})
 
 
 def read_geometry(hf_config: Any) -> Geometry:
@@ -67,15 +93,14 @@ def read_geometry(hf_config: Any) -> Geometry:
         ValueError: an option is wrong.
     """
     vision, text = hf_config.vision_config, hf_config.text_config
+    layers = read_options(hf_config).layers
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Geometry(
         rule_version=RULE_VERSION,
         tile_size=vision.image_size,
         patch_size=vision.patch_size,
         grid_pinpoints=tuple((h, w) for h, w in getattr(hf_config, "image_grid_pinpoints", None) or ()),
-        boundaries=parse_boundaries(
-            getattr(hf_config, OPTIONS_KEY, None) or {}, default=default_boundaries(text.num_hidden_layers)
-        ),
+        boundaries=default_boundaries(text.num_hidden_layers) if layers is None else layers,
         decoder=DecoderShape(
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,

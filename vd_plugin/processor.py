@@ -5,6 +5,10 @@ Two keys are ours, each either one value for all images or a list with one entry
 * `visual_token_budget`: an integer, a preset or "full";
 * `visual_token_schedule`: rows as [dominant, contextual] pairs (see `schedule.resolve_explicit`).
 
+No other argument of the image processor passes, unless the engine's options allow it (`allow_processor_kwargs`), and
+what the image processor returns is checked here, in the front end: in the engine core, a tensor of another shape ends
+the engine for all, and NaN spreads to other requests.
+
 Notable: vLLM keeps processed images, encoder outputs and KV blocks under one identifier an image. It is made here from
 the picture and from its own schedule alone, so an image never meets the entry of another schedule, and a change of its
 neighbour's budget costs no cache hit. Images served in full share the stock model's entries.
@@ -30,15 +34,27 @@ from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import InputProcessingContext, ProcessorInputs, PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.context import TimingContext
 
-from vd_plugin.options import read_geometry
-from vd_plugin.schedule import FULL, Budget, BudgetError, Geometry, Schedule, parse_budget, resolve, resolve_explicit
+from vd_plugin import request_checks
+from vd_plugin.options import PluginOptions, read_geometry, read_options
+from vd_plugin.schedule import (
+    FULL,
+    Budget,
+    BudgetError,
+    Geometry,
+    Schedule,
+    parse_budget,
+    quote,
+    resolve,
+    resolve_explicit,
+)
 from vd_plugin.spans import identify
 
 BUDGET_KEY: Final = "visual_token_budget"
 SCHEDULE_KEY: Final = "visual_token_schedule"
 _ASKED_KEY: Final = "visiondrop_asked"
 """Internal: what each image of the request asks for, parsed. Replaces the two public keys."""
-_KEYS: Final = frozenset((BUDGET_KEY, SCHEDULE_KEY, _ASKED_KEY))
+_PUBLIC_KEYS: Final = frozenset((BUDGET_KEY, SCHEDULE_KEY))
+_KEYS: Final = _PUBLIC_KEYS | {_ASKED_KEY}
 
 Asked: TypeAlias = Budget | tuple[tuple[int, ...], ...]
 """What one image asks for: a budget, or explicit rows."""
@@ -55,15 +71,35 @@ def parse_asked(mm_kwargs: Mapping[str, object], num_images: int) -> list[Asked]
         raise VLLMValidationError(f"give {BUDGET_KEY} or {SCHEDULE_KEY}, not both", parameter=BUDGET_KEY)
     if schedule is not None:
         # A list of pairs is one schedule for all images; a list of lists of pairs has one for each.
-        shared = not (isinstance(schedule, list | tuple) and any(map(_holds_lists, schedule)))
-        entries = _one_per_image(SCHEDULE_KEY, schedule, num_images, shared=shared)
-        return [_freeze(entry) for entry in entries]
+        if not (isinstance(schedule, list | tuple) and any(map(_holds_lists, schedule))):
+            return [_freeze(schedule)] * num_images
+        return [_freeze(entry) for entry in _one_per_image(SCHEDULE_KEY, schedule, num_images)]
     if budget is None:
         return [FULL] * num_images
     try:
-        return [parse_budget(b) for b in _one_per_image(BUDGET_KEY, budget, num_images, shared=not _is_list(budget))]
+        # Parsed without images, too: what is not understood must not pass because nothing uses it.
+        if not _is_list(budget):
+            return [parse_budget(budget)] * num_images
+        return [parse_budget(entry) for entry in _one_per_image(BUDGET_KEY, budget, num_images)]
     except BudgetError as error:
         raise VLLMValidationError(str(error), parameter=BUDGET_KEY) from error
+
+
+def check_kwargs(mm_kwargs: object, options: PluginOptions) -> None:
+    """Refuse arguments of the image processor that a request may not set.
+
+    Raises:
+        VLLMValidationError: there are others than ours and those that the operator allows, or no mapping at all.
+    """
+    if not isinstance(mm_kwargs, Mapping):
+        raise VLLMValidationError("mm_processor_kwargs must be an object", parameter="mm_processor_kwargs")
+    others = [key for key in mm_kwargs if key not in _PUBLIC_KEYS | options.allow_processor_kwargs]
+    if others:
+        raise VLLMValidationError(
+            f"mm_processor_kwargs may set {BUDGET_KEY} or {SCHEDULE_KEY}; this engine does not allow {quote(others)} "
+            "(its option visiondrop.allow_processor_kwargs lists what else a request may set)",
+            parameter="mm_processor_kwargs",
+        )
 
 
 class BudgetContext(InputProcessingContext):  # type: ignore[misc]  # vLLM ships no types
@@ -82,10 +118,15 @@ class _BudgetInfo:
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(BudgetContext(ctx.model_config, ctx.tokenizer))  # type: ignore[call-arg]
+        request_checks.install()
 
     @cached_property
     def geometry(self) -> Geometry:
         return read_geometry(self.get_hf_config())  # type: ignore[attr-defined]
+
+    @cached_property
+    def options(self) -> PluginOptions:
+        return read_options(self.get_hf_config())  # type: ignore[attr-defined]
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         return {"image": self.geometry.max_full_tokens()}
@@ -107,13 +148,19 @@ class _BudgetProcessor:
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """Parse what is asked for once, before anything is hashed or processed."""
         kwargs = inputs.hf_processor_mm_kwargs
+        check_kwargs(kwargs, self.info.options)
         # What a request says stands in for the engine's default (`--mm-processor-kwargs`) as a whole.
         defaults = self.info.ctx.get_mm_config().mm_processor_kwargs or {}
         given = kwargs if any(kwargs.get(key) is not None for key in (BUDGET_KEY, SCHEDULE_KEY)) else defaults
         num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
         asked = parse_asked(given, num_images)
         inputs = replace(inputs, hf_processor_mm_kwargs={**_without_ours(kwargs), _ASKED_KEY: asked})
-        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        try:
+            return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        except Exception:
+            if num_images and inputs.cache is not None:
+                request_checks.forget(inputs.cache, self._get_mm_hashes(inputs)["image"])
+            raise
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         stock = replace(inputs, hf_processor_mm_kwargs=_without_ours(inputs.hf_processor_mm_kwargs))
@@ -153,6 +200,7 @@ class _BudgetProcessor:
         if "pixel_values" not in processed:
             return processed
         schedules = self._resolve(mm_items, hf_kwargs)
+        self._check_processed(processed, mm_items, schedules)
         stages = [[split or (0, 0) for split in (schedule.encoder, *schedule.decoder)] for schedule in schedules]
         processed[SCHEDULE_KEY] = torch.tensor(stages, dtype=torch.int32)
         if processed["pixel_values"][0].ndim == 4:
@@ -161,6 +209,23 @@ class _BudgetProcessor:
             tiles = zip(processed["pixel_values"], schedules, strict=True)
             processed["pixel_values"] = [pixels[: schedule.num_tiles] for pixels, schedule in tiles]
         return processed
+
+    def _check_processed(
+        self, processed: BatchFeature, mm_items: MultiModalDataItems, schedules: Sequence[Schedule]
+    ) -> None:
+        images = mm_items.get_items("image", ImageProcessorItems)
+        sizes = [images.get_image_size(index) for index in range(len(schedules))]
+        pixel_values, image_sizes = processed["pixel_values"], processed.get("image_sizes")
+        is_tiled = bool(self.info.geometry.grid_pinpoints)
+        expected = [[size.height, size.width] for size in sizes]
+        if is_tiled and (not isinstance(image_sizes, torch.Tensor) or image_sizes.tolist() != expected):
+            raise VLLMValidationError(
+                "the image processor changed the sizes of images", parameter="mm_processor_kwargs"
+            )
+        if len(pixel_values) != len(schedules):
+            raise VLLMValidationError("the image processor lost images", parameter="mm_processor_kwargs")
+        for pixels, schedule in zip(pixel_values, schedules, strict=True):
+            request_checks.check_pixels(pixels, schedule.num_tiles if is_tiled else None, self.info.geometry.tile_size)
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -218,9 +283,7 @@ def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in kwargs.items() if key not in _KEYS}
 
 
-def _one_per_image(key: str, value: Any, num_images: int, *, shared: bool) -> list[Any]:
-    if shared:
-        return [value] * num_images
+def _one_per_image(key: str, value: Any, num_images: int) -> list[Any]:
     if len(value) != num_images:
         raise VLLMValidationError(f"{key} has {len(value)} entries for {num_images} image(s)", parameter=key)
     return list(value)
@@ -238,6 +301,7 @@ def _freeze(schedule: Any) -> tuple[tuple[int, ...], ...]:
     """Explicit rows as tuples: hashable, and told apart from a budget by their type."""
     if not _is_list(schedule) or not all(_is_list(split) for split in schedule):
         raise VLLMValidationError(
-            f"{SCHEDULE_KEY} must be a list of [dominant, contextual] pairs; got {schedule!r}", parameter=SCHEDULE_KEY
+            f"{SCHEDULE_KEY} must be a list of [dominant, contextual] pairs; got {quote(schedule)}",
+            parameter=SCHEDULE_KEY,
         )
     return tuple(tuple(split) for split in schedule)

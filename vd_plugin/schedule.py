@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
+from reprlib import Repr
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 RULE_VERSION: Final = 1
@@ -33,6 +34,17 @@ _ROWS_PER_CONTEXTUAL: Final = 8
 
 Budget: TypeAlias = int | Literal["full"]
 """A parsed budget: an integer from MIN_BUDGET up, or "full"."""
+
+
+_BRIEF: Final = Repr()
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 5
+_BRIEF.maxlevel = 3
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 60
+
+
+def quote(value: object) -> str:
+    """A value as an error message quotes it: cut short, whatever its size, since it comes from a client."""
+    return _BRIEF.repr(value)
 
 
 class BudgetError(ValueError):
@@ -58,7 +70,7 @@ def parse_budget(value: object) -> Budget:
             return PRESETS[value]
     elif isinstance(value, int) and not isinstance(value, bool) and value >= MIN_BUDGET:
         return value
-    raise BudgetError(f"a visual token budget must be {accepted_budgets()}; got {value!r}")
+    raise BudgetError(f"a visual token budget must be {accepted_budgets()}; got {quote(value)}")
 
 
 class TokenSplit(NamedTuple):
@@ -276,7 +288,7 @@ def resolve_explicit(geometry: Geometry, height: int, width: int, splits: object
         raise BudgetError(
             f"a visual token schedule must be {len(stages)} pair(s) [dominant, contextual], one for each tile at the "
             f"encoder and one for the image at each decoder boundary of this engine "
-            f"({list(geometry.boundaries) or 'none'}); got {splits!r}"
+            f"({list(geometry.boundaries) or 'none'}); got {quote(splits)}"
         )
     pairs = [_parse_split(split) for split in splits]
     full = geometry.full_tokens(height, width)
@@ -352,7 +364,7 @@ def _parse_split(split: object) -> TokenSplit:
         and all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in split)
     ):
         return TokenSplit(*cast("Sequence[int]", split))
-    raise BudgetError(f"a stage of a visual token schedule must be a pair [dominant, contextual]; got {split!r}")
+    raise BudgetError(f"a stage of a visual token schedule must be a pair [dominant, contextual]; got {quote(split)}")
 
 
 def _check_keys(cls: type[Any], data: Mapping[str, Any]) -> None:

@@ -22,7 +22,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from vd_plugin.kv_cache import StagedKVCacheManager
+from vd_plugin.request_checks import unsupported
 from vd_plugin.spans import ImageSpan, before_images, read_spans, whole_images
+from vd_plugin.validation import check_final
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -30,6 +32,7 @@ logger = init_logger(f"vllm.{__name__}")
 class VisionDropScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_final(self.vllm_config)
         self._spans: WeakKeyDictionary[Request, tuple[ImageSpan, ...]] = WeakKeyDictionary()
         self._cached_this_step: set[int] = set()
         """Blocks that were offered to the prefix cache since the step began: they are still to be filled."""
@@ -41,6 +44,8 @@ class VisionDropScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships n
                 manager.cached_this_step = self._cached_this_step
 
     def _spans_of(self, request: Request) -> tuple[ImageSpan, ...]:
+        if request.streaming_queue is not None:  # a session, which grows
+            return read_spans(request.mm_features)
         if request not in self._spans:
             self._spans[request] = read_spans(request.mm_features)
         return self._spans[request]
@@ -74,9 +79,10 @@ class VisionDropScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships n
         starve: running requests are served in order, and a step has room for every decode beside the largest image.
         """
         spans = self._spans_of(request)
-        if spans and self._wants_prompt_logprobs(request):
-            # The scheduler's way to end a request that cannot be served, whatever the reason.
-            logger.warning("request %s: prompt_logprobs are not available for pruned images", request.request_id)
+        reason = unsupported(request.sampling_params, request.streaming_queue is not None) if spans else None
+        if reason:
+            # The front end has refused it with a sentence; past the front end, this is how a scheduler ends a request.
+            logger.warning("request %s: %s", request.request_id, reason[0])
             self.encoder_cache_mismatch_reqs.add(request.request_id)
             return [], 0, encoder_compute_budget, [], []
         end = whole_images(spans, num_computed_tokens, num_computed_tokens + num_new_tokens)
@@ -86,7 +92,3 @@ class VisionDropScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships n
             request, num_computed_tokens, end - num_computed_tokens, encoder_compute_budget, shift_computed_tokens
         )
         return answer
-
-    @staticmethod
-    def _wants_prompt_logprobs(request: Request) -> bool:
-        return request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None

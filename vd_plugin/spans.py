@@ -51,12 +51,21 @@ class ImageSpan:
         return self.rows[0] - self.rows[stage]
 
 
+def read_splits(identifier: str) -> tuple[TokenSplit | None, ...]:
+    """What an image keeps at every stage, the encoder first; empty for one served in full.
+
+    Raises:
+        ValueError: `identify` has not made it.
+    """
+    _, found, stages = identifier.partition(_MARK)
+    return tuple(_parse(stage) for stage in stages.split("-")) if found else ()
+
+
 def read_spans(features: Iterable[Any]) -> tuple[ImageSpan, ...]:
     """Spans of a request's vLLM features, in prompt order; images without decoder stages are left out."""
     spans = []
     for feature in features:
-        _, found, stages = feature.identifier.partition(_MARK)
-        splits = tuple(_parse(stage) for stage in stages.split("-")[1:]) if found else ()
+        splits = read_splits(feature.identifier)[1:]
         if any(splits):
             rows = stage_rows(feature.mm_position.length, splits)
             spans.append(ImageSpan(feature.mm_position.offset, rows, splits))

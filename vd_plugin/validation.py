@@ -6,6 +6,7 @@ Called when vLLM has put its configuration together, before any weight is read.
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,12 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 SCHEDULER = "vd_plugin.scheduler.VisionDropScheduler"
 
+CONNECTORS = (
+    "KV and encoder-cache connectors: leave kv_transfer_config, ec_transfer_config and kv_offloading_size unset"
+)
+TOKEN_ROUTES = "images that were processed elsewhere: leave --enable-scale-out and --tokens-only out"
+"""Routes of vLLM's server on which clients send token ids and tensors, past our processor."""
+
 
 def check_engine(vllm_config: VllmConfig) -> None:
     """Refuse engine settings that pruning does not support.
@@ -31,6 +38,28 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_model(vllm_config.model_config.hf_config)
     for reason in _unsupported_settings(vllm_config):
         raise NotImplementedError(f"VisionDrop does not support {reason}")
+
+
+def check_final(vllm_config: VllmConfig) -> None:
+    """The same refusals for an engine with decoder stages, once nothing can change its settings any more.
+
+    vLLM derives settings from others after our first look at them: offloading of KV blocks becomes a connector.
+
+    Raises:
+        NotImplementedError: an unsupported combination; names the setting to change.
+    """
+    for reason in (*_unsupported_settings(vllm_config), *_unsupported_in_stages(vllm_config)):
+        raise NotImplementedError(f"VisionDrop does not support {reason}")
+
+
+def check_server(args: Namespace) -> None:
+    """Refuse options of vLLM's server that are not part of its engine configuration.
+
+    Raises:
+        NotImplementedError: routes that take images past our processor.
+    """
+    if args.enable_scale_out or args.tokens_only:
+        raise NotImplementedError(f"VisionDrop does not support {TOKEN_ROUTES}")
 
 
 def check_model(hf_config: Any) -> None:
@@ -141,8 +170,12 @@ def _unsupported_settings(vllm_config: VllmConfig) -> Iterator[str]:
         yield "speculative decoding: leave speculative_config unset"
     if vllm_config.lora_config is not None:
         yield "LoRA: leave enable_lora unset"
-    if vllm_config.kv_transfer_config is not None or vllm_config.ec_transfer_config is not None:
-        yield "KV and encoder-cache connectors: leave kv_transfer_config and ec_transfer_config unset"
+    if (
+        vllm_config.kv_transfer_config is not None
+        or vllm_config.ec_transfer_config is not None
+        or vllm_config.cache_config.kv_offloading_size is not None  # becomes a connector after our check
+    ):
+        yield CONNECTORS
     if multimodal is not None and multimodal.enable_mm_embeds:
         yield "precomputed image embeddings: leave enable_mm_embeds unset"
     if multimodal is not None and multimodal.mm_processor_cache_type == "shm":
