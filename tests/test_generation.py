@@ -110,7 +110,7 @@ def test_an_image_serves_again_after_a_refusal(engine: Engine) -> None:
         engine.generate(too_long)
     assert len(engine.generate(ASKED)[0].token_ids) == 4
     engine.forget()
-    with pytest.raises(Exception):  # noqa: B017, PT011  # vLLM's own, an assertion
+    with pytest.raises(VLLMValidationError, match=r"1 image token\(s\) for 2 image"):
         engine.generate({**ASKED, "multi_modal_data": {"image": ASKED["multi_modal_data"]["image"] * 2}})
     assert len(engine.generate(ASKED)[0].token_ids) == 4
 

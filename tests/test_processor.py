@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import draw
@@ -21,6 +22,7 @@ from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
 
 import vd_plugin
 from vd_plugin.options import read_geometry
+from vd_plugin.request_checks import check_pixels
 from vd_plugin.schedule import BudgetError, Geometry, Schedule, resolve, resolve_explicit
 from vd_plugin.vision import TileFeatures, order_image, prune_tiles
 
@@ -261,6 +263,71 @@ def test_an_error_quotes_little(processor: Processor, asked: dict[str, Any]) -> 
     assert len(str(_refuse(processor, [WIDE], asked))) < 1000
 
 
+def test_images_without_a_place_are_refused(processor: Processor) -> None:
+    with pytest.raises(VLLMValidationError, match=r"0 image token\(s\) for 1 image"):
+        processor("Only text", [WIDE], {"visual_token_budget": 160})
+    with pytest.raises(VLLMValidationError, match=r"1 image token\(s\) for 2 image"):
+        processor(PROMPT, [WIDE, TALL])
+
+
+# What comes out of the image processor
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"rescale_factor": 1e38}, "pixels between"),
+        ({"rescale_factor": 1e30}, "pixels between"),
+        ({"image_std": [1e-30, 1e-30, 1e-30]}, "pixels between"),
+        ({"image_mean": [float("nan"), 0.5, 0.5]}, "pixels between nan"),
+        ({"image_mean": [float("inf"), 0.5, 0.5]}, "pixels between"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("budget", ["full", 160])
+def test_pixels_that_are_no_numbers_are_refused(
+    request: pytest.FixtureRequest, demo: Path, kwargs: dict[str, Any], says: str, budget: Any
+) -> None:
+    processor = Processor(demo, allowed=list(kwargs))
+    kept = processor.new_cache()
+    for _ in range(2):
+        with pytest.raises(VLLMValidationError, match=says):
+            processor(PROMPT, [WIDE], {"visual_token_budget": budget, **kwargs}, cache=kept)
+
+
+def test_pixels_that_nobody_has_rescaled_are_accepted(demo: Path) -> None:
+    processor = Processor(demo, allowed=["do_rescale", "do_normalize"])
+    processor(PROMPT, [WIDE], {"visual_token_budget": 160, "do_rescale": False})
+    processor(PROMPT, [WIDE], {"visual_token_budget": 160, "do_normalize": False})
+
+
+@pytest.mark.parametrize(
+    ("pixels", "num_tiles", "says"),
+    [
+        (np.zeros((3, 336, 336), dtype=np.float32), None, "processed to ndarray"),
+        ([[0.0]], None, "processed to list"),
+        (torch.zeros(3, 336, 336, dtype=torch.uint8), None, "processed to torch.uint8"),
+        (torch.zeros(3, 10, 10), None, r"shape \(3, 10, 10\); needed is \(3, 336, 336\)"),
+        (torch.zeros(1, 336, 336), None, "shape"),
+        (torch.zeros(2, 3, 336, 336), None, "shape"),
+        (torch.zeros(3, 336, 336), 1, "shape"),
+        (torch.zeros(2, 3, 336, 336), 3, r"needed is \(3, 3, 336, 336\)"),
+        (torch.zeros(0, 3, 336, 336), 0, "shape"),
+        (torch.full((3, 336, 336), torch.nan), None, "pixels"),
+        (torch.full((3, 336, 336), -torch.inf), None, "pixels"),
+        (torch.full((3, 336, 336), 1001.0), None, "pixels"),
+    ],
+)
+def test_pixels_that_the_tower_cannot_take_are_refused(pixels: Any, num_tiles: int | None, says: str) -> None:
+    with pytest.raises(VLLMValidationError, match=says):
+        check_pixels(pixels, num_tiles, 336)
+
+
+def test_pixels_that_the_tower_can_take_are_accepted() -> None:
+    check_pixels(torch.full((3, 336, 336), -999.0), None, 336)
+    check_pixels(torch.zeros(5, 3, 336, 336, dtype=torch.bfloat16), 3, 336)  # padded to the most tiles of a call
+
+
 def test_a_refusal_leaves_nothing_in_the_cache(processor: Processor) -> None:
     kept = processor.new_cache()
     with pytest.raises(VLLMValidationError):
@@ -331,8 +398,8 @@ def test_without_our_key_a_picture_has_the_stock_hash(name: str, request: pytest
     for pictures in ([WIDE], [WIDE, SQUARE]):
         assert _hashes(stock, pictures) == _hashes(ours, pictures)
         assert _hashes(stock, pictures) == _hashes(ours, pictures, {"visual_token_budget": "full"})
-    kept = {"images_kwargs": {"do_convert_rgb": True}}
-    ours = Processor(folder, allowed=["images_kwargs"])
+    kept = {"do_convert_rgb": True}
+    ours = Processor(folder, allowed=["do_convert_rgb"])
     assert _hashes(stock, [WIDE], kept) == _hashes(ours, [WIDE], kept)
     assert _hashes(ours, [WIDE], kept) != _hashes(ours, [WIDE])
     assert _hashes(ours, [WIDE], {**kept, "visual_token_budget": 160}) != _hashes(

@@ -269,6 +269,7 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path: Path, demo: Path) -> No
         {"layers": 4},
         {"allow_processor_kwargs": "all"},
         {"allow_processor_kwargs": [1]},
+        {"allow_processor_kwargs": ["size"]},
     ],
     ids=repr,
 )

@@ -223,7 +223,7 @@ def test_our_processors_override_what_exists() -> None:
     """A renamed hook of vLLM's would leave ours uncalled, in silence."""
     ours = _find("vd_plugin.processor:_BudgetProcessor")
     for stock in (f"{NEXT}:LlavaNextMultiModalProcessor", f"{LLAVA}:LlavaMultiModalProcessor"):
-        own = {"_check_processed", "_resolve", "_resolve_image"}
+        own = {"_check_places", "_check_processed", "_resolve", "_resolve_image"}
         hooks = {name for name, value in vars(ours).items() if callable(value)} - own
         assert len(hooks) == 6
         assert not {name for name in hooks if not hasattr(_find(stock), name)}

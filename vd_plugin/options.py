@@ -47,6 +47,13 @@ def engine_args(model: str, *, visiondrop: Mapping[str, Any] | None = None, **ov
     return {"model": model, **overrides, "hf_overrides": merged}
 
 
+PROCESSOR_KWARGS: Final = frozenset(
+    ("do_convert_rgb", "do_normalize", "do_rescale", "image_mean", "image_std", "resample", "rescale_factor")
+)
+"""Arguments of the image processor that requests may be allowed to set. Those that change an image's shape are not
+among them: the vision tower takes one shape, and making others can take any amount of memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class PluginOptions:
     """The entry `visiondrop` of `hf_overrides`."""
@@ -72,8 +79,11 @@ def parse_options(options: object) -> PluginOptions:
     if layers is not None and (not isinstance(layers, list | tuple) or any(type(depth) is not int for depth in layers)):
         raise ValueError(f"{OPTIONS_KEY}.layers must be a list of decoder depths; got {layers!r}")
     allowed = options.get("allow_processor_kwargs", [])
-    if not isinstance(allowed, list | tuple) or any(type(name) is not str for name in allowed):
-        raise ValueError(f"{OPTIONS_KEY}.allow_processor_kwargs must be a list of argument names; got {allowed!r}")
+    if not isinstance(allowed, list | tuple) or any(name not in PROCESSOR_KWARGS for name in allowed):
+        raise ValueError(
+            f"{OPTIONS_KEY}.allow_processor_kwargs must be a list, and may hold {', '.join(sorted(PROCESSOR_KWARGS))}; "
+            f"got {allowed!r}"
+        )
     return PluginOptions(None if layers is None else tuple(layers), frozenset(allowed))
 
 

@@ -154,6 +154,7 @@ class _BudgetProcessor:
         given = kwargs if any(kwargs.get(key) is not None for key in (BUDGET_KEY, SCHEDULE_KEY)) else defaults
         num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
         asked = parse_asked(given, num_images)
+        self._check_places(inputs.prompt, num_images)
         inputs = replace(inputs, hf_processor_mm_kwargs={**_without_ours(kwargs), _ASKED_KEY: asked})
         try:
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
@@ -209,6 +210,14 @@ class _BudgetProcessor:
             tiles = zip(processed["pixel_values"], schedules, strict=True)
             processed["pixel_values"] = [pixels[: schedule.num_tiles] for pixels, schedule in tiles]
         return processed
+
+    def _check_places(self, prompt: str | list[int], num_images: int) -> None:
+        """Each image needs its image token; vLLM would fail on an assertion, after it has processed them all."""
+        places = num_images if isinstance(prompt, str) else prompt.count(self.info.get_hf_config().image_token_index)
+        if places < num_images:
+            raise VLLMValidationError(
+                f"the prompt has {places} image token(s) for {num_images} image(s)", parameter="prompt"
+            )
 
     def _check_processed(
         self, processed: BatchFeature, mm_items: MultiModalDataItems, schedules: Sequence[Schedule]
