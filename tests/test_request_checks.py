@@ -1,0 +1,108 @@
+"""Images that were processed elsewhere: what their identifier, their data and their place in the prompt must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.exceptions import VLLMValidationError
+
+from vd_plugin import request_checks
+from vd_plugin.request_checks import check_feature
+from vd_plugin.schedule import DecoderShape, Geometry
+
+SIDE = 28
+GEOMETRY = Geometry(
+    rule_version=1,
+    tile_size=SIDE,
+    patch_size=14,
+    grid_pinpoints=((28, 56),),
+    boundaries=(1, 2, 3),
+    decoder=DecoderShape(4, 8, 16, 2, 2, 4),
+)
+SPLITS = [[3, 1], [5, 1], [4, 0], [2, 1]]
+IDENTIFIER = "image~visiondrop:3.1-5.1-4.0-2.1"
+
+
+@dataclass
+class Feature:
+    """As much of vLLM's feature as is read."""
+
+    identifier: str
+    data: dict[str, Any] | None
+    mm_position: Any
+
+
+def feature(identifier: str = IDENTIFIER, length: int = 12, **fields: Any) -> Feature:
+    values = {"visual_token_schedule": torch.tensor(SPLITS), "pixel_values": torch.zeros(3, 3, SIDE, SIDE), **fields}
+    data = {name: SimpleNamespace(data=value) for name, value in values.items() if value is not None}
+    return Feature(identifier, data, SimpleNamespace(offset=0, length=length))
+
+
+FULL = torch.zeros(4, 2, dtype=torch.int32)
+
+ACCEPTED = {
+    "pruned": feature(),
+    "in full": feature("image", 20, visual_token_schedule=FULL),
+    "in the decoder alone": feature(
+        "image~visiondrop:-5.1-4.0-2.1", 20, visual_token_schedule=torch.tensor([[0, 0], *SPLITS[1:]])
+    ),
+    "known to the engine core": Feature(IDENTIFIER, None, SimpleNamespace(offset=0, length=12)),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_our_processor_makes_is_accepted(name: str) -> None:
+    check_feature(ACCEPTED[name], GEOMETRY)
+
+
+REFUSED = {
+    "garbage behind the mark": (feature("image~visiondrop:x.y"), "malformed schedule"),
+    "nothing behind the mark": (feature("image~visiondrop:"), "another engine"),
+    "too few stages": (feature("image~visiondrop:3.1-5.1"), "another engine"),
+    "another schedule than the data": (feature("image~visiondrop:3.1-5.1-4.0-2.0"), "not that of its identifier"),
+    "a schedule for an image in full": (feature("image", 20), "not that of its identifier"),
+    "no schedule": (feature(visual_token_schedule=None), "not that of its identifier"),
+    "a schedule that is no tensor": (feature(visual_token_schedule=SPLITS), "not that of its identifier"),
+    "fewer placeholders": (feature(length=11), "placeholders do not fit"),
+    "fewer tiles": (feature(pixel_values=torch.zeros(2, 3, SIDE, SIDE)), "placeholders do not fit"),
+    "no pixels": (feature(pixel_values=None), "processed to NoneType"),
+    "other pixels": (feature(pixel_values=torch.zeros(3, 3, 14, 14)), "processed to shape"),
+    "no numbers": (feature(pixel_values=torch.full((3, 3, SIDE, SIDE), torch.nan)), "pixels between nan"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_anything_else_is_refused(name: str) -> None:
+    made, says = REFUSED[name]
+    with pytest.raises(VLLMValidationError, match=says):
+        check_feature(made, GEOMETRY)
+
+
+def test_a_method_that_is_not_the_known_one_is_not_wrapped() -> None:
+    class Other:
+        def method(self, something: int) -> None: ...
+
+    with pytest.raises(RuntimeError, match="Other.method is not what VisionDrop was written for"):
+        request_checks._wrap(Other, "method", ["self", "prompt"], lambda stock: stock)
+    with pytest.raises(RuntimeError, match="Other.gone"):
+        request_checks._wrap(Other, "gone", ["self"], lambda stock: stock)
+
+
+def test_checks_are_put_in_place_once() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    request_checks.install()
+    first = InputProcessor.process_inputs
+    request_checks.install()
+    assert InputProcessor.process_inputs is first
+
+
+def test_other_models_pass() -> None:
+    assert (
+        request_checks._geometry(SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))) is None
+    )
+    assert request_checks._geometry(SimpleNamespace(hf_config=SimpleNamespace(architectures=None))) is None
