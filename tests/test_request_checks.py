@@ -1,4 +1,4 @@
-"""Images that were processed elsewhere: what their identifier, their data and their place in the prompt must agree on."""
+"""Images that were processed elsewhere: identifier, data and place in the prompt must agree."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def test_a_method_that_is_not_the_known_one_is_not_wrapped() -> None:
     class Other:
         def method(self, something: int) -> None: ...
 
-    with pytest.raises(RuntimeError, match="Other.method is not what VisionDrop was written for"):
+    with pytest.raises(RuntimeError, match=r"Other\.method is not what VisionDrop was written for"):
         request_checks._wrap(Other, "method", ["self", "prompt"], lambda stock: stock)
-    with pytest.raises(RuntimeError, match="Other.gone"):
+    with pytest.raises(RuntimeError, match=r"Other\.gone"):
         request_checks._wrap(Other, "gone", ["self"], lambda stock: stock)
 
 
