@@ -23,9 +23,6 @@ import anyio
 from server.errors import LONGEST_RETRY_AFTER_SECONDS, EngineUnreachableError, OverloadedError
 from server.settings import Settings
 
-_STOPPING_RETRY_SECONDS: Final = 5
-"""Long enough for a load balancer to see that this gateway is not ready."""
-
 _RATE_MEMORY_SECONDS: Final = 30.0
 """How fast the rate of work forgets: what is older by this much counts a third."""
 
@@ -55,7 +52,6 @@ class Admission:
         self._queued_cost = 0
         self._inflight_cost = 0
         self._work = _WorkRate()
-        self._is_stopping = False
 
     @property
     def queue_depth(self) -> int:
@@ -68,20 +64,19 @@ class Admission:
         return self._inflight_cost
 
     @asynccontextmanager
-    async def admit(self, cost: int) -> AsyncIterator[float]:
-        """Wait for room for `cost` tokens, hold it within the context, and give it back; yields the seconds waited.
+    async def admit(self, cost: int) -> AsyncIterator[None]:
+        """Wait for room for `cost` tokens, hold it within the context, and give it back.
 
         A request that costs more than the whole capacity enters when nothing else is in flight.
 
         Raises:
             EngineUnreachableError: no engine is up.
-            OverloadedError: the queue is full ("queue_full") or too slow ("queue_timeout"), or the gateway is about to
-                stop ("stopping").
+            OverloadedError: the queue is full ("queue_full") or too slow ("queue_timeout").
         """
         assert cost > 0, cost
-        seconds = await self._enter(cost)
+        await self._enter(cost)
         try:
-            yield seconds
+            yield
         finally:
             self._observe(cost)
             self._release(cost)
@@ -91,33 +86,22 @@ class Admission:
         self._observe()
         self._grant()
 
-    def stop(self) -> None:
-        """Refuse whoever comes from now on. Those who wait already may still enter."""
-        self._is_stopping = True
-
-    async def _enter(self, cost: int) -> float:
-        if self._is_stopping:
-            raise OverloadedError(
-                "the server is about to stop; try again later",
-                reason="stopping",
-                retry_after_seconds=_STOPPING_RETRY_SECONDS,
-            )
+    async def _enter(self, cost: int) -> None:
         if self._capacity() <= 0:
             raise EngineUnreachableError("no engine is ready; try again later", code="engine_unreachable")
         self.update()
         if not self._queue and self._fits(cost):
             self._inflight_cost += cost
-            return 0.0
+            return
         if len(self._queue) >= self._max_queued:
             raise OverloadedError(
                 "too many requests are waiting already; try again later",
                 reason="queue_full",
                 retry_after_seconds=self._retry_seconds(),
             )
-        return await self._wait(_Waiter(cost))
+        await self._wait(_Waiter(cost))
 
-    async def _wait(self, waiter: _Waiter) -> float:
-        arrival = self._clock()
+    async def _wait(self, waiter: _Waiter) -> None:
         self._queue[waiter] = None
         self._queued_cost += waiter.cost
         try:
@@ -139,7 +123,6 @@ class Admission:
                 reason="queue_timeout",
                 retry_after_seconds=retry_seconds,
             )
-        return self._clock() - arrival
 
     def _release(self, cost: int) -> None:
         self._inflight_cost -= cost

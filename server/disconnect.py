@@ -13,32 +13,23 @@ from server.errors import ClientDisconnectedError
 Result = TypeVar("Result")
 
 
-async def until_disconnect(
-    receive: Receive, work: Callable[[], Awaitable[Result]], discard: Callable[[Result], Awaitable[None]] | None = None
-) -> Result:
+async def until_disconnect(receive: Receive, work: Callable[[], Awaitable[Result]]) -> Result:
     """Do `work` unless the client goes away first. The request's body must have been read.
-
-    Args:
-        discard: releases a result that came too late for anyone to take it.
 
     Raises:
         ClientDisconnectedError: the client went away; `work` has been cancelled and is over.
     """
     task = asyncio.ensure_future(work())
     watcher = asyncio.ensure_future(_disconnected(receive))
-    taken = False
     try:
         await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnectedError("the client closed the connection")
-        taken = True
         return task.result()
     finally:
         for pending in (watcher, task):
             pending.cancel()
         await asyncio.wait((task, watcher))
-        if not taken and discard is not None and not task.cancelled() and task.exception() is None:
-            await discard(task.result())
 
 
 async def _disconnected(receive: Receive) -> None:

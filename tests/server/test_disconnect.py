@@ -48,21 +48,3 @@ async def test_work_is_over_when_the_disconnect_is_told() -> None:
     with pytest.raises(ClientDisconnectedError):
         await until_disconnect(gone, work)
     assert steps == ["cleaned up"]
-
-
-async def test_result_that_comes_too_late_is_released() -> None:
-    released: list[str] = []
-
-    async def work() -> str:
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            return "an open stream"
-        raise AssertionError
-
-    async def release(result: str) -> None:
-        released.append(result)
-
-    with pytest.raises(ClientDisconnectedError):
-        await until_disconnect(gone, work, release)
-    assert released == ["an open stream"]
