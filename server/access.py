@@ -5,22 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api_keys import ApiKey, ApiKeys
-from server.error_response import error_response
-from server.errors import AuthenticationError
-from server.recording import record_of
+from server.api_keys import ApiKeys
+from server.context import context_of
+from server.errors import AuthenticationError, error_response
 
 OPEN_ROUTES: Final = frozenset({"/health"})
-
-
-def key_of(request: Request) -> ApiKey:
-    """The key of the request being served."""
-    key = request.scope["visiondrop.key"]
-    assert isinstance(key, ApiKey)
-    return key
 
 
 class AccessMiddleware:
@@ -32,13 +23,12 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_ROUTES:
-            record = record_of(Request(scope))
+            context = context_of(scope)
             try:
-                key = self._keys.authenticate(Headers(scope=scope).get("authorization"))
+                context.key = self._keys.authenticate(Headers(scope=scope).get("authorization"))
             except AuthenticationError as error:
-                record.mark_failure(error)
+                context.record.mark_failure(error)
                 await error_response(error)(scope, receive, send)
                 return
-            scope["visiondrop.key"] = key
-            record.key_name = key.name
+            context.record.key_name = context.key.name
         await self._app(scope, receive, send)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
-from server.errors import AuthenticationError
+from server.errors import AuthenticationError, first_complaint
 from server.settings import Settings
 from vd_plugin.schedule import FULL, Budget, parse_budget
 
@@ -209,9 +209,8 @@ def _check_distinct(entries: Sequence[tuple[bytes, ApiKey]]) -> None:
 
 
 def _complaint(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    field = ".".join(str(step) for step in first["loc"])
-    reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    if first["type"] == "extra_forbidden":
+    complaint = first_complaint(error)
+    field = ".".join(str(step) for step in complaint.location)
+    if complaint.kind == "extra_forbidden":
         return f"{field} is not a field that is known here"
-    return f"{field}: {reason}" if field else reason
+    return f"{field}: {complaint.reason}" if field else complaint.reason

@@ -19,14 +19,14 @@ from enum import Enum, auto
 from typing import Any, ClassVar, Final, Self
 
 import h11
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 from uvicorn.config import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from server.error_response import error_event, error_json
-from server.errors import GatewayError, InvalidRequestError, OverloadedError, SlowRequestError
-from server.record import REFUSAL, RequestRecord, choose_request_id
+from server.context import context_of
+from server.errors import GatewayError, InvalidRequestError, OverloadedError, SlowRequestError, error_event, error_json
+from server.record import choose_request_id
 from server.settings import Settings
 
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -34,8 +34,6 @@ MAX_HEADER_BYTES: Final = 64 * 1024
 
 _LINGER_SECONDS: Final = 2.0
 """After a refusal the rest of the request is taken in and thrown away: a reset would cost the client the answer."""
-
-_EVENT_STREAM: Final = "visiondrop.is_event_stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,6 @@ class ConnectionGuard(H11Protocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.conn = _BoundedConnection(h11.SERVER, MAX_HEADER_BYTES)
-        self.app = _noting_event_streams(self.app)
         self._phase = (_Phase.REQUEST, self.cycle)
         self._deadline: asyncio.TimerHandle | None = None
         self._send_watch: asyncio.TimerHandle | None = None
@@ -140,7 +137,7 @@ class ConnectionGuard(H11Protocol):
         """End the answer that is under way, with `error` where it can still be told."""
         if self.cycle is None or self.cycle.response_complete or self._is_refused:
             return
-        if self.cycle.response_started and self.cycle.scope.get(_EVENT_STREAM):
+        if self.cycle.response_started and context_of(_scope(self.cycle)).sends_events:
             self._write(h11.Data(error_event(error)), h11.EndOfMessage())
             self._disconnect_app(error)
             self.transport.close()
@@ -216,7 +213,7 @@ class ConnectionGuard(H11Protocol):
             oldest.transport.abort()
             return
         sentence = "the server has as many connections as it can hold; try again"
-        error = OverloadedError(sentence, reason="queue_full", retry_after_seconds=5, code="too_many_connections")
+        error = OverloadedError(sentence, reason="queue_full", code="too_many_connections")
         self._refuse(error, linger=False)
 
     def _refuse(self, error: GatewayError, status: int | None = None, *, linger: bool = True) -> None:
@@ -248,17 +245,12 @@ class ConnectionGuard(H11Protocol):
         """That of the request which is under way, so that the client's answer and the log name the same one."""
         if self.cycle is None or self.cycle.response_complete:
             return choose_request_id(None)
-        record = self.cycle.scope.get("visiondrop.record")
-        if isinstance(record, RequestRecord):
-            return record.request_id
-        sent = dict(self.cycle.scope["headers"]).get(b"x-request-id", b"")
-        return choose_request_id(sent.decode("latin-1"))
+        return context_of(_scope(self.cycle)).request_id
 
     def _disconnect_app(self, error: GatewayError) -> None:
         """As when the connection is lost: what the app still sends goes nowhere. It is left a note of the reason."""
         if self.cycle is not None and not self.cycle.response_complete:
-            scope: Scope = self.cycle.scope  # type: ignore[assignment]  # uvicorn's type is closed
-            scope[REFUSAL] = error
+            context_of(_scope(self.cycle)).refusal = error
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.flow.resume_writing()
@@ -299,14 +291,5 @@ def _answer(
     return h11.Response(status_code=status, headers=lines), h11.Data(body), h11.EndOfMessage()
 
 
-def _noting_event_streams(app: ASGIApp) -> ASGIApp:
-    async def noting(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_noting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                kind = dict(message.get("headers", ())).get(b"content-type", b"")
-                scope[_EVENT_STREAM] = kind.startswith(b"text/event-stream")
-            await send(message)
-
-        await app(scope, receive, send_noting)
-
-    return noting
+def _scope(cycle: RequestResponseCycle) -> Scope:
+    return cycle.scope  # type: ignore[return-value]  # uvicorn's type is closed

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.admission import Admission
-from server.cost import request_cost
+from server.context import RequestContext
 from server.engine_client import EngineCall, EventSource
 from server.engine_pool import EnginePool
 from server.errors import EngineUnreachableError, GatewayError
-from server.images import CheckedImage
-from server.intake import lease_of
+from server.event_stream import EventStream
 from server.record import RequestRecord
-from server.recording import record_of, resources_of
-from server.relay import EventStream
 
-Relay: TypeAlias = Callable[[EventSource, RequestRecord], AsyncGenerator[bytes, None]]
-"""The engine's events to the client's."""
 
-Usage: TypeAlias = Callable[[RequestRecord, Mapping[str, Any]], dict[str, Any]]
-"""The engine's `usage` to the client's."""
+class Relay(Protocol):
+    """The engine's events to the client's."""
+
+    def __call__(
+        self, source: EventSource, record: RequestRecord, *, include_usage: bool
+    ) -> AsyncGenerator[bytes, None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerShape:
+    """How a route's answers differ from another's: their events, and their `usage`."""
+
+    relay: Relay
+    usage: Callable[[RequestRecord, Mapping[str, Any]], dict[str, Any]]
 
 
 class Dispatcher:
@@ -34,51 +41,24 @@ class Dispatcher:
         self._engines = engines
         self._admission = admission
 
-    async def reply(
-        self,
-        request: Request,
-        body: bytes,
-        text_tokens: int,
-        images: Sequence[CheckedImage] = (),
-        *,
-        relay: Relay | None,
-        usage: Usage = RequestRecord.usage,
-    ) -> Response:
-        """The engine's answer, whole or as a stream, which begins once the engine has accepted the request.
+    async def enter(self, context: RequestContext, body: bytes, text_tokens: int, urls: Sequence[str]) -> EngineCall:
+        """Wait for a place, which the request holds until its answer is over.
 
         Args:
             body: what the engine gets, on the path that the client used.
             text_tokens: about how many tokens its text has.
-            images: its pictures; the record has their schedules.
-            relay: for a stream; None for a whole answer.
-            usage: for a whole answer.
+            urls: its images, as in `body`; the record has their schedules.
 
         Raises:
-            GatewayError: there is no place for the request, or the engine refuses it or fails.
+            GatewayError: there is no place for the request.
         """
-        record, call = record_of(request), await self._enter(request, body, text_tokens, images)
-        if relay is None:
-            answer = await self._engines.complete(call)
-            record.engine_answered = True
-            answer["usage"] = usage(record, answer.get("usage") or {})
-            return JSONResponse(answer, headers=record.headers())
-        source = await self._engines.open_stream(call)
-        resources_of(request).push_async_callback(source.aclose)
-        record.engine_answered = True
-        lease_of(request).release()  # the body has gone to the engine, and a stream may take minutes
-        return EventStream(relay(source, record), source, record, headers=record.headers())
-
-    async def _enter(
-        self, request: Request, body: bytes, text_tokens: int, images: Sequence[CheckedImage]
-    ) -> EngineCall:
-        """Wait for a place, which the request holds until its answer is over."""
-        record = record_of(request)
-        cost = request_cost(text_tokens, record.schedules)
+        record = context.record
+        cost = text_tokens + record.kept
         if not await self._engines.is_ready():
             raise self._engines.refusal()
         began, has_waited = time.monotonic(), True
         try:
-            await resources_of(request).enter_async_context(self._admission.admit(cost))
+            await context.cleanup.enter_async_context(self._admission.admit(cost))
         except GatewayError as error:
             has_waited = error.reason == "queue_timeout"  # all others are turned away at once
             raise
@@ -88,5 +68,29 @@ class Dispatcher:
         if record.geometry is not None and record.geometry != await self._engines.geometry():
             raise EngineUnreachableError("the engine was replaced while the request waited; try again")
         # Megabytes to hash, and of use only where there is a choice.
-        pictures = tuple(hash(image.url) for image in images) if len(self._engines.names) > 1 else ()
-        return EngineCall(record.route, body, record.request_id, record.trace_headers, cost, pictures)
+        images = tuple(hash(url) for url in urls) if len(self._engines.names) > 1 else ()
+        return EngineCall(record.route, body, record.request_id, record.trace_headers, cost, images)
+
+    async def complete(self, context: RequestContext, call: EngineCall, shape: AnswerShape) -> Response:
+        """The engine's whole answer.
+
+        Raises:
+            GatewayError: the engine refuses the request or fails.
+        """
+        record = context.record
+        answer = await self._engines.complete(call)
+        record.engine_answered = True
+        answer["usage"] = shape.usage(record, answer.get("usage") or {})
+        return JSONResponse(answer, headers=record.headers())
+
+    async def stream(
+        self, context: RequestContext, call: EngineCall, shape: AnswerShape, *, include_usage: bool
+    ) -> Response:
+        """The engine's answer as a stream, which begins once the engine has accepted the request. Raises likewise."""
+        record = context.record
+        source = await self._engines.open_stream(call)
+        context.cleanup.push_async_callback(source.aclose)
+        record.engine_answered = True
+        context.lease.release()  # the body has gone to the engine, and a stream may take minutes
+        events = shape.relay(source, record, include_usage=include_usage)
+        return EventStream(events, source, record, headers=record.headers())

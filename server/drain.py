@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Final
 
 from server.errors import OverloadedError
-
-RETRY_AFTER_SECONDS: Final = 5.0
-"""When another gateway, or the next, will have taken over."""
 
 
 class Drain:
@@ -42,9 +38,7 @@ class Drain:
             OverloadedError: the gateway is stopping.
         """
         if self._is_stopping:
-            raise OverloadedError(
-                "the server is stopping; try again", reason="stopping", retry_after_seconds=RETRY_AFTER_SECONDS
-            )
+            raise OverloadedError("the server is stopping; try again", reason="stopping")
         self._num_inflight += 1
         self._idle.clear()
         try:

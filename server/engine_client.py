@@ -26,9 +26,6 @@ _ANSWER_TIMEOUT: Final = httpx.Timeout(None, connect=5.0)
 
 _LONGEST_MESSAGE: Final = 2000
 
-_RETRY_AFTER_SECONDS: Final = 5.0
-"""For an overloaded engine that does not say itself when to come again; vLLM does not."""
-
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
@@ -233,11 +230,11 @@ def _refusal(response: httpx.Response) -> GatewayError:
         data = None
     wait = response.headers.get("Retry-After", "")
     # Digits alone: the header's other form is a date, which depends on clocks.
-    seconds = float(wait[:9]) if wait.isascii() and wait.isdecimal() else _RETRY_AFTER_SECONDS
+    seconds = float(wait[:9]) if wait.isascii() and wait.isdecimal() else None
     return error_from_engine(response.status_code, data, seconds)
 
 
-def error_from_engine(status: int, body: object, retry_after_seconds: float = _RETRY_AFTER_SECONDS) -> GatewayError:
+def error_from_engine(status: int, body: object, retry_after_seconds: float | None = None) -> GatewayError:
     """Turn the engine's error object (`{"error": {...}}`, or the inner object alone) into ours.
 
     401 and 403 are between gateway and engine, not the client's fault. 503 is vLLM's word for a full queue.
@@ -245,11 +242,10 @@ def error_from_engine(status: int, body: object, retry_after_seconds: float = _R
     error = body.get("error", body) if isinstance(body, Mapping) else {}
     error = error if isinstance(error, Mapping) else {}
     if status == 503:
-        return OverloadedError(
-            "the engine has too much to do; try again later",
-            reason="engine_overloaded",
-            retry_after_seconds=retry_after_seconds,
-        )
+        overload = OverloadedError("the engine is overloaded; try again later", reason="engine_overloaded")
+        if retry_after_seconds is not None:  # vLLM does not say
+            overload.retry_after_seconds = retry_after_seconds
+        return overload
     if not 400 <= status < 500 or status in (401, 403):
         return EngineFailedError(f"the engine failed (HTTP status {status})", code="engine_failed")
     message = _without_traceback(str(error.get("message") or f"the engine refused the request (HTTP status {status})"))

@@ -13,7 +13,6 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from server.connection_guard import ConnectionGuard, ConnectionLimits, guard_connections
-from server.drain import RETRY_AFTER_SECONDS
 from server.errors import OverloadedError
 
 _KEEP_ALIVE_SECONDS: Final = 75
@@ -63,7 +62,7 @@ class HttpServer(uvicorn.Server):
     def cut_off(self) -> None:
         """End every answer that is under way; the app sees that its clients have gone."""
         sentence = "the server was stopped before the answer was complete; try again"
-        error = OverloadedError(sentence, reason="stopping", retry_after_seconds=RETRY_AFTER_SECONDS)
+        error = OverloadedError(sentence, reason="stopping")
         for connection in self._connections():
             connection.cut_off(error)
 

@@ -1,20 +1,19 @@
-"""What every request that asks for work goes through first: is there a place for it, a rate, and a body that fits?"""
+"""What every request that asks for work goes through first: the drain, the key's rate, and a JSON body that fits."""
 
 from __future__ import annotations
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from server.access import key_of
-from server.body import read_json_body
+from server.context import RequestContext
 from server.drain import Drain
+from server.errors import ClientDisconnectedError, MediaTypeError, PayloadTooLargeError
 from server.memory_budget import MemoryBudget, MemoryLease
 from server.rate_limits import RateLimits
-from server.recording import record_of, resources_of
 from server.settings import Settings
 
 
 class Intake:
-    """What it takes for a request is given back when the request is over (recording.py)."""
+    """What it takes for a request is given back when the request is over (RequestContext.cleanup)."""
 
     def __init__(self, settings: Settings, drain: Drain, rates: RateLimits) -> None:
         self._settings = settings
@@ -22,26 +21,62 @@ class Intake:
         self._rates = rates
         self._memory = MemoryBudget(settings.max_buffered_bytes)
 
-    async def read(self, request: Request) -> bytes:
+    async def read(self, request: Request, context: RequestContext) -> bytes:
         """The request's body.
 
         Raises:
             GatewayError: the gateway is stopping or full, the key has used up its rate, or the body does not fit.
         """
-        resources = resources_of(request)
-        resources.enter_context(self._drain.work())
-        key, record = key_of(request), record_of(request)
+        context.cleanup.enter_context(self._drain.work())
         try:
-            self._rates.take_request(key)
+            self._rates.take_request(context.key)
         finally:
-            record.rate_headers = self._rates.headers(key)
-        lease = resources.enter_context(self._memory.lease())
-        request.scope["visiondrop.lease"] = lease
-        return await read_json_body(request, self._settings, lease)
+            context.record.rate_headers = self._rates.headers(context.key)
+        context.lease = context.cleanup.enter_context(self._memory.lease())
+        return await _read_json_body(request, self._settings, context.lease)
 
 
-def lease_of(request: Request) -> MemoryLease:
-    """What the request holds of the memory for bodies and pictures."""
-    lease = request.scope["visiondrop.lease"]
-    assert isinstance(lease, MemoryLease)
-    return lease
+async def _read_json_body(request: Request, settings: Settings, lease: MemoryLease) -> bytes:
+    """The bytes of a JSON body. How long it may take is the connection's matter (http/connection.py).
+
+    Raises:
+        MediaTypeError: the headers say that it is something else.
+        PayloadTooLargeError: too many bytes.
+        OverloadedError: too many bytes in all requests together.
+        ClientDisconnectedError: the client went away.
+    """
+    _check_media_type(request)
+    limit = settings.max_body_bytes
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            lease.add(len(chunk))
+            body += chunk
+            if len(body) > limit:
+                raise _too_large(limit)
+    except ClientDisconnect:
+        raise ClientDisconnectedError("the client closed the connection") from None
+    return bytes(body)
+
+
+def _check_media_type(request: Request) -> None:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
+        raise MediaTypeError(
+            f"the request must have the header Content-Type: application/json; got {media_type or 'none'!r}",
+            code="unsupported_media_type",
+        )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise MediaTypeError(
+            f"compressed request bodies are not accepted (Content-Encoding: {encoding})", code="unsupported_media_type"
+        )
+
+
+def _too_large(limit: int) -> PayloadTooLargeError:
+    return PayloadTooLargeError(f"the request body has more than {limit} bytes", code="body_too_large")

@@ -16,7 +16,7 @@ from prometheus_client import (
 )
 
 from server import routes
-from server.budget import CLASSES, budget_class, effective_budget
+from server.budget import CLASSES, budget_class
 from server.errors import REJECTION_REASONS
 from server.record import RequestRecord
 from server.version import package_version
@@ -93,7 +93,7 @@ class Metrics:
                 histogram.observe(seconds)
         if record.engine_answered:
             for schedule in record.schedules:
-                label = budget_class(effective_budget(schedule))
+                label = budget_class(schedule.effective_budget)
                 self._images.labels(label).inc()
                 self._full.labels(label).inc(schedule.full)
                 self._kept.labels(label).inc(schedule.kept)

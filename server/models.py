@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from server import routes
-from server.access import key_of
-from server.budget import lower
+from server.budget import cap
+from server.context import Context, RequestContext
 from server.engine_pool import EnginePool
 from server.errors import UnknownModelError
 from server.settings import Settings
@@ -19,19 +19,19 @@ def model_routes(settings: Settings, engines: EnginePool) -> APIRouter:
     """The list, and one model of it."""
     router = APIRouter()
 
-    async def cards(request: Request) -> list[dict[str, Any]]:
-        ceiling = lower(key_of(request).max_budget, settings.max_budget)
-        return [_card(entry, settings.default_budget, ceiling) for entry in await engines.models()]
+    async def cards(context: RequestContext) -> list[dict[str, Any]]:
+        maximum = cap(context.key.max_budget, settings.max_budget)
+        return [_card(entry, settings.default_budget, maximum) for entry in await engines.models()]
 
     @router.get(routes.MODELS)
-    async def list_models(request: Request) -> dict[str, Any]:
+    async def list_models(context: Context) -> dict[str, Any]:
         """The models that can be asked, with the visual token budgets they take."""
-        return {"object": "list", "data": await cards(request)}
+        return {"object": "list", "data": await cards(context)}
 
     @router.get(routes.MODEL)
-    async def retrieve_model(request: Request, model: str) -> dict[str, Any]:
+    async def retrieve_model(context: Context, model: str) -> dict[str, Any]:
         """One model."""
-        found = await cards(request)
+        found = await cards(context)
         for card in found:
             if card.get("id") == model:
                 return card
@@ -41,15 +41,15 @@ def model_routes(settings: Settings, engines: EnginePool) -> APIRouter:
     return router
 
 
-def _card(entry: dict[str, Any], default: Budget, ceiling: Budget) -> dict[str, Any]:
+def _card(entry: dict[str, Any], default: Budget, maximum: Budget) -> dict[str, Any]:
     """The engine's entry without its file paths, and with what this key's budgets may be."""
     public = ("id", "object", "created", "owned_by", "max_model_len")
     return {
         **{name: entry[name] for name in public if name in entry},
         "visual_token_budget": {
-            "default": lower(default, ceiling),
+            "default": cap(default, maximum),
             "minimum": MIN_BUDGET,
-            "maximum": ceiling,
+            "maximum": maximum,
             "presets": {**PRESETS, FULL: FULL},
         },
     }

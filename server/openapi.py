@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 from server import answer_schema as answers
 from server import routes
 from server.budget import HEADER
-from server.completion_request import CompletionRequest
+from server.completions import CompletionRequest
 from server.responses_request import ResponsesRequest
 from server.schemas import ChatRequest
 from server.tokenize_request import DetokenizeRequest, TokenizeRequest

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from server import routes
-from server.drain import RETRY_AFTER_SECONDS, Drain
+from server.drain import Drain
 from server.engine_pool import EnginePool
 from server.errors import OverloadedError, UnknownRouteError
 from server.metrics import Metrics
@@ -29,7 +29,7 @@ def probe_routes(engines: EnginePool, drain: Drain) -> APIRouter:
     async def ready() -> dict[str, Any]:
         """New requests are welcome: an engine answers, makes progress, and counts as we do."""
         if drain.is_stopping:
-            raise OverloadedError("the server is stopping", reason="stopping", retry_after_seconds=RETRY_AFTER_SECONDS)
+            raise OverloadedError("the server is stopping", reason="stopping")
         if not await engines.is_ready():
             raise engines.refusal()
         return {"status": "ready"}

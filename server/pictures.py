@@ -1,4 +1,4 @@
-"""The pictures of a request: fetched where they are named by a URL, checked, their size known."""
+"""The images of a request: fetched where they are named by a URL, checked, their size known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
-from server.errors import InvalidRequestError
+from server.budget import RequestedImage
 from server.image_fetch import ImageFetcher
 from server.images import CheckedImage, check_image, check_image_bytes
 from server.memory_budget import MemoryLease
@@ -18,8 +18,8 @@ from server.record import RequestRecord
 from server.settings import Settings
 
 
-class PictureLoader:
-    """Pictures are checked in threads, a bounded number at a time for all requests together."""
+class ImageLoader:
+    """Images are checked in threads, a bounded number at a time for all requests together."""
 
     def __init__(self, settings: Settings, fetcher: ImageFetcher) -> None:
         self._settings = settings
@@ -27,48 +27,32 @@ class PictureLoader:
         self._slots = asyncio.Semaphore(settings.image_threads)
         self._threads = anyio.CapacityLimiter(settings.image_threads)
 
-    def check_number(self, num_pictures: int, param: str) -> None:
-        """
-        Raises:
-            InvalidRequestError: more pictures than a request may have.
-        """
-        limit = self._settings.max_images_per_request
-        if num_pictures > limit:
-            raise InvalidRequestError(
-                f"the request has {num_pictures} images; at most {limit} are accepted",
-                param=param.partition("[")[0],
-                code="too_many_images",
-            )
-
     async def load(
-        self, pictures: Sequence[tuple[str, str]], record: RequestRecord, lease: MemoryLease
+        self, requested: Sequence[RequestedImage], record: RequestRecord, lease: MemoryLease
     ) -> list[CheckedImage]:
-        """Take every picture from its URL.
-
-        Args:
-            pictures: path in the request, and URL, of each.
+        """Load every image from its URL; the record gets the times, also of a request that fails on the way.
 
         Raises:
-            InvalidRequestError: a picture cannot be had, or is none that is served.
-            PayloadTooLargeError: a picture is too large.
+            InvalidRequestError: an image cannot be fetched, or is not one that is served.
+            PayloadTooLargeError: an image is too large.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 fetches = [
-                    group.create_task(self._fetch(url, param, record, lease)) if is_remote(url) else None
-                    for param, url in pictures
+                    group.create_task(self._fetch(item, record, lease)) if is_remote(item.url) else None
+                    for item in requested
                 ]
         except ExceptionGroup as failures:
             # The first to fail has ended the others; the client is told of one.
             raise failures.exceptions[0] from None
         # One after the other within a request, so that a big one cannot keep all the threads for itself.
         images = []
-        for (param, url), fetch in zip(pictures, fetches, strict=True):
+        for item, fetch in zip(requested, fetches, strict=True):
             started = time.monotonic()
             check = (
-                partial(check_image, url, self._settings, param)
+                partial(check_image, item.url, self._settings, item.url_path)
                 if fetch is None
-                else partial(check_image_bytes, fetch.result(), self._settings, param)
+                else partial(check_image_bytes, fetch.result(), self._settings, item.url_path)
             )
             image = await self._in_thread(check)
             record.image_decode_seconds.append(time.monotonic() - started)
@@ -84,13 +68,13 @@ class PictureLoader:
         work.add_done_callback(lambda _: self._slots.release())
         return await asyncio.shield(work)
 
-    async def _fetch(self, url: str, param: str, record: RequestRecord, lease: MemoryLease) -> bytes:
+    async def _fetch(self, item: RequestedImage, record: RequestRecord, lease: MemoryLease) -> bytes:
         started = time.monotonic()
-        data = await self._fetcher.fetch(url, param, lease.add)
+        data = await self._fetcher.fetch(item.url, item.url_path, lease.add)
         record.image_fetch_seconds.append(time.monotonic() - started)
         return data
 
 
 def is_remote(url: str) -> bool:
-    """Whether a picture is to be fetched. Other URLs are left to `check_image` to judge."""
+    """Whether an image is to be fetched. Other URLs are left to `check_image` to judge."""
     return url.lstrip()[:8].lower().startswith(("http://", "https://"))

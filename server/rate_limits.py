@@ -48,8 +48,11 @@ class RateLimits:
                 retry_after_seconds=seconds,
             )
 
-    def take_images(self, key: ApiKey, count: int) -> None:
-        """Count the pictures of one request, all of them or none.
+    def take_images(self, key: ApiKey, count: int, param: str) -> None:
+        """Count the images of one request, all of them or none.
+
+        Args:
+            param: the field that holds them, for the error object.
 
         Raises:
             RateLimitError: they are more than is left of the last minute's.
@@ -62,7 +65,7 @@ class RateLimits:
             raise InvalidRequestError(
                 f"the request has {count} images, but at most {rate.amount} a minute are accepted, "
                 f"so it can never pass; send fewer at a time",
-                param="messages",
+                param=param,
             )
         if not self._window.hit(rate, key.name, cost=count):
             seconds = max(self._seconds_until_free(rate, key, count), 1)

@@ -14,12 +14,10 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from server.budget import HEADER, effective_budget, request_class
+from server.budget import HEADER, request_class
 from server.errors import GatewayError
+from server.usage_schema import ImageTokens, PromptTokensDetails, VisualTokens
 from vd_plugin.schedule import Geometry, Schedule, prefill_flops
-
-REFUSAL: Final = "visiondrop.refusal"
-"""Where an ASGI scope holds the error with which the connection itself ended a request: late, broken, cut off."""
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SANE_PARAM: Final = re.compile(r"[A-Za-z0-9_.\[\]-]{1,128}")
@@ -28,19 +26,14 @@ _LONGEST_MODEL: Final = 128
 """Characters of a model's name in the log: clients may write what they like there."""
 
 
-def visual_tokens(schedules: Sequence[Schedule]) -> dict[str, Any]:
-    """What some pictures cost, as it goes on the wire: sums, and each picture with the rows of its stages."""
+def visual_tokens(schedules: Sequence[Schedule]) -> VisualTokens:
+    """What some images cost, as it goes on the wire: sums, and each image with the rows of its stages."""
     full, kept = sum(item.full for item in schedules), sum(item.kept for item in schedules)
-    return {
-        "images": len(schedules),
-        "full": full,
-        "kept": kept,
-        "saved": full - kept,
-        "per_image": [
-            {"budget": effective_budget(item), "full": item.full, "kept": item.kept, "stages": list(item.rows)}
-            for item in schedules
-        ],
-    }
+    per_image = [
+        ImageTokens(budget=item.effective_budget, full=item.full, kept=item.kept, stages=list(item.rows))
+        for item in schedules
+    ]
+    return VisualTokens(images=len(schedules), full=full, kept=kept, saved=full - kept, per_image=per_image)
 
 
 def choose_request_id(sent: str | None) -> str:
@@ -67,6 +60,8 @@ class RequestRecord:
     image_decode_seconds: list[float] = field(default_factory=list)
     queue_seconds: float | None = None
     geometry: Geometry | None = None
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """Height and width of each image, in pixels."""
     schedules: tuple[Schedule, ...] = ()
     engine_answered: bool = False
     engine_usage: Mapping[str, Any] | None = None
@@ -158,20 +153,20 @@ class RequestRecord:
         details = engine_usage.get("prompt_tokens_details") or {}
         return {
             **engine_usage,
-            "prompt_tokens_details": {
-                "cached_tokens": details.get("cached_tokens") or 0,
-                "image_tokens": self.image_tokens,
-                "text_tokens": max((self.prompt_tokens or 0) - self.image_tokens, 0),
-            },
+            "prompt_tokens_details": PromptTokensDetails(
+                cached_tokens=details.get("cached_tokens") or 0,
+                image_tokens=self.image_tokens,
+                text_tokens=max((self.prompt_tokens or 0) - self.image_tokens, 0),
+            ).model_dump(),
             "visual_tokens": self.visual_tokens(),
         }
 
     def visual_tokens(self) -> dict[str, Any]:
-        return visual_tokens(self.schedules)
+        return visual_tokens(self.schedules).model_dump()
 
     def headers(self) -> dict[str, str]:
         """What is known before the first token: the sums, and the budget that was applied to each picture."""
-        budgets = ", ".join(str(effective_budget(schedule)) for schedule in self.schedules)
+        budgets = ", ".join(str(schedule.effective_budget) for schedule in self.schedules)
         return {
             **({HEADER: budgets} if budgets else {}),
             "X-Visual-Tokens-Full": str(self.full),

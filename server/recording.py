@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import AsyncExitStack
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import routes
-from server.error_response import error_event, error_response
-from server.errors import InternalError
+from server.context import context_of
+from server.errors import InternalError, error_event, error_response
 from server.metrics import Metrics
-from server.record import REFUSAL, RequestRecord, choose_request_id
 from server.tracing import Tracing
 
 REQUEST_LOG: Final = "visiondrop.requests"
@@ -26,20 +23,6 @@ REQUEST_LOG: Final = "visiondrop.requests"
 
 _log = logging.getLogger("visiondrop")
 _request_log = logging.getLogger(REQUEST_LOG)
-
-
-def record_of(request: Request) -> RequestRecord:
-    """The record of the request being served."""
-    record = request.scope["visiondrop.record"]
-    assert isinstance(record, RequestRecord)
-    return record
-
-
-def resources_of(request: Request) -> AsyncExitStack:
-    """What the request holds until its answer is over, in whatever way: released in reverse order."""
-    resources = request.scope["visiondrop.resources"]
-    assert isinstance(resources, AsyncExitStack)
-    return resources
 
 
 class RecordingMiddleware:
@@ -59,10 +42,8 @@ class RecordingMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        route = scope["path"] if scope["path"] in routes.ALL else routes.OTHER
-        record = RequestRecord(choose_request_id(Headers(scope=scope).get("x-request-id")), route)
-        scope["visiondrop.record"] = record
-
+        context = context_of(scope)
+        record = context.record
         is_over = False
 
         async def send_with_id(message: Message) -> None:
@@ -73,16 +54,16 @@ class RecordingMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = record.request_id
                 headers.update(record.rate_headers)
+                context.sends_events = headers.get("content-type", "").startswith("text/event-stream")
             await send(message)
 
-        is_work = route in routes.WORK
+        is_work = record.route in routes.WORK
         if is_work:
             self._metrics.inflight.inc()
         try:
-            async with AsyncExitStack() as resources:
-                scope["visiondrop.resources"] = resources
+            async with context.cleanup:
                 if is_work:
-                    resources.enter_context(self._tracing.span(record, Headers(scope=scope)))
+                    context.cleanup.enter_context(self._tracing.span(record, Headers(scope=scope)))
                 await self._app(scope, receive, send_with_id)
         except Exception:
             _log.exception("request %s failed", record.request_id)
@@ -93,8 +74,8 @@ class RecordingMiddleware:
             elif record.stream and not is_over:
                 await send_with_id({"type": "http.response.body", "body": error_event(error), "more_body": False})
         finally:
-            if REFUSAL in scope:
-                record.mark_failure(scope[REFUSAL])  # to the app it looked as if the client had left
+            if context.refusal is not None:
+                record.mark_failure(context.refusal)  # to the app it looked as if the client had left
             record.mark_end()
             self._metrics.observe(record, is_work=is_work)
             if record.is_mismatch:

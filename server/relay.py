@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
 from typing import Any, Final
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
-from server.disconnect import until_disconnect
+from server.dispatch import AnswerShape
 from server.engine_client import EventSource, error_from_engine
-from server.error_response import error_event
-from server.errors import ClientDisconnectedError, EngineFailedError, GatewayError
+from server.errors import EngineFailedError, GatewayError, error_event
 from server.record import RequestRecord
 
 _DONE: Final = b"[DONE]"
 
-# The last two keep proxies from holding events back.
-_STREAM_HEADERS: Final = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
 
-
-async def relay_events(source: EventSource, record: RequestRecord, include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def relay_events(
+    source: EventSource, record: RequestRecord, *, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
     """The client's events, `data: ...` with the empty line that ends each.
 
     The engine is always asked for usage; without `include_usage` its chunk is taken out. If the engine breaks off or
@@ -93,43 +83,6 @@ def _has_text(chunk: Mapping[str, Any]) -> bool:
     return False
 
 
-class EventStream(Response):
-    """A response that relays events as they come and closes the engine's side at once when the client goes away."""
-
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        source: EventSource,
-        record: RequestRecord,
-        headers: Mapping[str, str],
-    ) -> None:
-        self._events = events
-        self._source = source
-        self._record = record
-        self.status_code = 200
-        self.background = None
-        self.init_headers({**headers, **_STREAM_HEADERS})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await until_disconnect(receive, lambda: self._send_events(send))
-        except ClientDisconnectedError as error:
-            self._record.mark_failure(error)
-        finally:
-            await self.aclose()
-
-    async def aclose(self) -> None:
-        """Let go of the engine's answer."""
-        await self._source.aclose()
-
-    async def _send_events(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
 def _event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
@@ -137,3 +90,7 @@ def _event(data: bytes) -> bytes:
 def dump_event(value: Mapping[str, Any]) -> bytes:
     """The data of an event for the client."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+SHAPE: Final = AnswerShape(relay_events, RequestRecord.usage)
+"""Of chat and text completions."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections.abc import Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from server.engine_fields import part_refusal, refusal
-from server.errors import GatewayError, InvalidRequestError, PayloadTooLargeError, from_validation
+from server.errors import GatewayError, InvalidRequestError, PayloadTooLargeError, first_complaint
 
 MAX_MEMBERS: Final = 100_000
 """Objects, lists and named values in a body. Each takes microseconds, in which nobody else is served, and up to a
@@ -35,30 +33,36 @@ class RequestBody(BaseModel):
         """The top-level fields as they came; without those that were null, which asks for nothing."""
         return self._sent
 
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read a request body.
 
-Body = TypeVar("Body", bound=RequestBody)
+        Raises:
+            InvalidRequestError: not JSON, an unknown field, one of the wrong shape, or one that clients may not set.
+            PayloadTooLargeError: too many values.
+        """
+        data = _read_object(body)
+        cls.refuse_fields(data)
+        try:
+            request = cls.model_validate(data)
+        except ValidationError as error:
+            raise _explain(error) from None
+        request._sent = data
+        request.check()
+        return request
+
+    @classmethod
+    def refuse_fields(cls, data: Mapping[str, Any]) -> None:
+        """Raises InvalidRequestError for a top-level field that is not served, before any is validated."""
+        for name in data:
+            if name not in cls.model_fields:
+                raise InvalidRequestError(refusal(name, cls.model_fields), param=name)
+
+    def check(self) -> None:
+        """Raises InvalidRequestError for fields that are valid one by one, but not together."""
 
 
-def parse_body(model: type[Body], body: bytes) -> Body:
-    """Read a request body.
-
-    Raises:
-        InvalidRequestError: not JSON, an unknown field, or one of the wrong shape.
-        PayloadTooLargeError: too many values.
-    """
-    data = read_object(body)
-    for name in data:
-        if name not in model.model_fields:
-            raise InvalidRequestError(refusal(name, model.model_fields), param=name)
-    try:
-        request = model.model_validate(data)
-    except ValidationError as error:
-        raise explain(error) from None
-    request._sent = data
-    return request
-
-
-def read_object(body: bytes) -> dict[str, Any]:
+def _read_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body, without fields that are null.
 
     Raises:
@@ -88,53 +92,19 @@ def _check_number_of_values(body: bytes) -> None:
         )
 
 
-def explain(error: ValidationError) -> GatewayError:
+def _explain(error: ValidationError) -> GatewayError:
     """The first complaint of pydantic as a sentence, better than its own for fields that do not exist."""
-    general = from_validation(error)
-    first = error.errors(include_url=False, include_input=False)[0]
-    if first["loc"][-1:] == ("[key]",):
-        param = str(first["loc"][0])
-        return InvalidRequestError(f"{param}: {first['loc'][-2]!r} is no token id", param=param)
-    if first["type"] != "extra_forbidden":
-        return general
-    *above, unknown = first["loc"]
+    location, kind, reason = complaint = first_complaint(error)
+    param = complaint.path
+    if location[-1:] == ("[key]",):
+        field = str(location[0])
+        return InvalidRequestError(f"{field}: {location[-2]!r} is no token id", param=field)
+    if kind == "value_error":
+        return InvalidRequestError(reason, param=param)
+    if kind != "extra_forbidden":
+        return InvalidRequestError(f"{param or 'the request body'}: {reason}", param=param)
+    *above, unknown = location
     inside = str(above[-1]) if above else ""
     if "content" in above:
-        return InvalidRequestError(part_refusal(str(unknown), inside=inside), param=general.param)
-    return InvalidRequestError(f"unknown field {unknown!r} in {inside!r}", param=general.param)
-
-
-class Slots:
-    """Stands in a payload for the data URLs of checked pictures (data_url.py).
-
-    They are megabytes that need no escaping, and are put in when the rest is JSON.
-    """
-
-    def __init__(self) -> None:
-        self._mark = secrets.token_hex(16)  # nobody's text can hold it
-        self._urls: list[str] = []
-
-    def add(self, url: str) -> str:
-        """What stands in the payload for `url`. In the order in which they will appear in the JSON."""
-        self._urls.append(url)
-        return self._mark
-
-    def fill(self, data: bytes) -> bytes:
-        """The JSON with the URLs in their places."""
-        first, *rest = data.split(self._mark.encode())
-        pieces = [first]
-        for url, piece in zip(self._urls, rest, strict=True):
-            pieces += (url.encode("ascii"), piece)
-        return b"".join(pieces)
-
-
-def dump_json(payload: Mapping[str, Any]) -> bytes:
-    """JSON for the engine.
-
-    Raises:
-        InvalidRequestError: a number is infinite, or has thousands of digits.
-    """
-    try:
-        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except ValueError:
-        raise InvalidRequestError("the request has a number that is too large") from None
+        return InvalidRequestError(part_refusal(str(unknown), inside=inside), param=param)
+    return InvalidRequestError(f"unknown field {unknown!r} in {inside!r}", param=param)

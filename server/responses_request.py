@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool, StrictStr, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictStr, Tag
 
-from server.budget_field import BudgetField
+from server.budget import BudgetField, RequestedImage
 from server.errors import InvalidRequestError
-from server.generation_fields import INT32_MAX, Count, Stop, StructuredOutputs, TokenId
-from server.picture_marker import refuse_markers
-from server.request_body import RequestBody, Slots, dump_json, parse_body, read_object
-from server.schemas import ImagePart, ImageUrl, PictureFields, RefusalPart, content_tag, part_tag
+from server.generation_fields import INT32_MAX, Count, GenerationRequest, estimate_text_tokens
+from server.schemas import ImageFields, RefusalPart, content_tag, part_tag
+from vd_plugin.schedule import Budget
 
 _STATELESS: Final = "this server keeps no responses; send the conversation itself as 'input'"
 _NO_TOOLS: Final = "tools are not served on this route; POST /v1/chat/completions has them"
@@ -47,10 +46,10 @@ class OutputText(BaseModel):
 
 def _no_file(value: object) -> None:
     if value is not None:
-        raise ValueError("there are no files on this server; send the picture itself as 'image_url'")
+        raise ValueError("there are no files on this server; send the image itself as 'image_url'")
 
 
-class InputImage(PictureFields):
+class InputImage(ImageFields):
     type: Literal["input_image"]
     image_url: StrictStr
     """A data URL (data:image/png;base64,...) or, where the server fetches pictures, an https: URL."""
@@ -128,8 +127,10 @@ class Reasoning(BaseModel):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
-class ResponsesRequest(RequestBody):
-    """A request to /v1/responses; see `parse_responses_request`."""
+class ResponsesRequest(GenerationRequest):
+    """A request to /v1/responses."""
+
+    text_fields: ClassVar = ("input", "instructions")
 
     input: Annotated[
         Annotated[StrictStr, Tag("<string>")]
@@ -138,102 +139,79 @@ class ResponsesRequest(RequestBody):
             content_tag, custom_error_type="input", custom_error_message="input must be a string or a list of messages"
         ),
     ]
-    model: StrictStr | None = None
-    """As GET /v1/models names it; the served model if it is left out."""
     instructions: StrictStr | None = None
     background: Literal[False] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None = None
-    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]+$")], float], Field(max_length=1024)] | None = None
     max_output_tokens: Count | None = None
     metadata: Annotated[dict[str, StrictStr], Field(max_length=16)] | None = None
     """Sent back with the response."""
     parallel_tool_calls: bool | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     prompt_cache_key: StrictStr | None = None
     """Accepted because OpenAI has it; changes nothing."""
     reasoning: Reasoning | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
     """Nothing is stored."""
-    stream: StrictBool | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     text: TextOptions | None = None
     tool_choice: Literal["auto", "none"] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    user: StrictStr | None = None
-    """Accepted because OpenAI has it; changes nothing."""
     visual_token_budget: BudgetField | None = None
-    """For every picture that has none of its own."""
+    """For every image that has none of its own."""
 
-    ignore_eos: bool | None = None
     include_reasoning: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    skip_special_tokens: bool | None = None
-    stop: Stop | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
-    structured_outputs: StructuredOutputs | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
-    watermarking: bool | None = None
 
-    def image_parts(self) -> Iterator[tuple[str, ImagePart]]:
-        """Every picture in order of appearance, as a chat request would hold it, with the path of its URL."""
-        for turn, place, part in self._pictures():
-            url = ImageUrl(url=part.image_url, detail=part.detail, visual_token_budget=part.visual_token_budget)
-            yield f"input[{turn}].content[{place}].image_url", ImagePart(type="image_url", image_url=url)
+    def images(self) -> list[RequestedImage]:
+        found = []
+        for turn, place, part in self._image_parts():
+            path = f"input[{turn}].content[{place}]"
+            found.append(
+                RequestedImage(path, f"{path}.image_url", part.image_url, part.visual_token_budget, part.detail)
+            )
+        return found
 
-    def engine_body(self, urls: Sequence[str], budgets: Sequence[int | str]) -> bytes:
-        """The engine's request as JSON.
+    def shared_budget(self) -> Budget | None:
+        return self.visual_token_budget
 
-        Args:
-            urls: data URLs of the checked pictures, in order of appearance.
-            budgets: what each of them gets.
+    def text_tokens(self) -> int:
+        return estimate_text_tokens(self._texts())
 
-        Raises:
-            InvalidRequestError: a number in it is infinite.
-        """
-        payload = {name: value for name, value in self.sent.items() if name != "visual_token_budget"}
-        payload["store"] = False
-        slots = Slots()
-        if urls:
-            turns = [{**turn} for turn in self.sent["input"]]
-            for (turn, place, _), url in zip(self._pictures(), urls, strict=True):
-                content = [*turns[turn]["content"]]
-                content[place] = {"type": "input_image", "image_url": slots.add(url), "detail": "auto"}
-                turns[turn]["content"] = content
-            payload["input"] = turns
-            payload["mm_processor_kwargs"] = {"visual_token_budget": list(budgets)}
-        return slots.fill(dump_json(payload))
+    def engine_fields(self, urls: Sequence[str]) -> Mapping[str, Any]:
+        if not urls:
+            return {"store": False}
+        turns = [{**turn} for turn in self.sent["input"]]
+        for (turn, place, _), url in zip(self._image_parts(), urls, strict=True):
+            content = [*turns[turn]["content"]]
+            content[place] = {"type": "input_image", "image_url": url, "detail": "auto"}
+            turns[turn]["content"] = content
+        return {"store": False, "input": turns}
 
-    def _pictures(self) -> Iterator[tuple[int, int, InputImage]]:
+    @classmethod
+    def refuse_fields(cls, data: Mapping[str, Any]) -> None:
+        for name, reason in UNSERVED_FIELDS.items():
+            if name in data:
+                raise InvalidRequestError(f"{name!r} is not served: {reason}", param=name)
+        for name, reason in (("store", _STATELESS), ("background", _STATELESS), ("tools", _NO_TOOLS)):
+            if data.get(name):
+                raise InvalidRequestError(reason, param=name)
+        super().refuse_fields(data)
+
+    def _image_parts(self) -> Iterator[tuple[int, int, InputImage]]:
         for turn, message in enumerate(self.input if isinstance(self.input, list) else ()):
             if isinstance(message.content, list):
                 for place, part in enumerate(message.content):
                     if isinstance(part, InputImage):
                         yield turn, place, part
 
-
-def parse_responses_request(body: bytes) -> ResponsesRequest:
-    """Read a request body.
-
-    Raises:
-        InvalidRequestError: not JSON, a field of the wrong shape, or one that is not served here.
-    """
-    data = read_object(body)
-    for name, reason in UNSERVED_FIELDS.items():
-        if name in data:
-            raise InvalidRequestError(f"{name!r} is not served: {reason}", param=name)
-    for name, reason in (("store", _STATELESS), ("background", _STATELESS), ("tools", _NO_TOOLS)):
-        if data.get(name):
-            raise InvalidRequestError(reason, param=name)
-    request = parse_body(ResponsesRequest, body)
-    if any(True for _ in request.image_parts()):
-        for name in ("input", "instructions"):
-            refuse_markers(request.sent.get(name), name)
-    return request
+    def _texts(self) -> Iterator[str]:
+        if self.instructions is not None:
+            yield self.instructions
+        if isinstance(self.input, str):
+            yield self.input
+            return
+        for message in self.input:
+            if isinstance(message.content, str):
+                yield message.content
+            else:
+                yield from (part.text for part in message.content if hasattr(part, "text"))

@@ -5,17 +5,17 @@ Every field is honoured or refused (engine_fields.py); the values go to the engi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag
 
-from server.budget_field import BudgetField
+from server.budget import BudgetField, RequestedImage
 from server.engine_fields import message_refusal
 from server.errors import InvalidRequestError
-from server.generation_fields import INT32_MAX, Count, GenerationBody
-from server.picture_marker import refuse_markers
-from server.request_body import parse_body
+from server.generation_fields import INT32_MAX, CompletionFields, Count, estimate_text_tokens
+from vd_plugin.schedule import Budget, Schedule
 
 
 class TextPart(BaseModel):
@@ -34,8 +34,8 @@ class RefusalPart(BaseModel):
     refusal: StrictStr
 
 
-class PictureFields(BaseModel):
-    """What any route's picture may say of its cost."""
+class ImageFields(BaseModel):
+    """What an image may say of its cost, on any route."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -45,7 +45,7 @@ class PictureFields(BaseModel):
     """For this picture alone."""
 
 
-class ImageUrl(PictureFields):
+class ImageUrl(ImageFields):
     url: StrictStr
     """A data URL (data:image/png;base64,...) or, where the server fetches pictures, an https: URL."""
 
@@ -147,7 +147,7 @@ ToolChoice: TypeAlias = Annotated[
 ]
 
 
-class ChatFields(GenerationBody):
+class ChatFields(CompletionFields):
     """What a chat request may hold beside its messages."""
 
     logprobs: bool | None = None
@@ -166,19 +166,64 @@ class ChatFields(GenerationBody):
 
 
 class ChatRequest(ChatFields):
-    """A chat completion request; see `parse_chat_request`."""
+    """A chat completion request."""
+
+    text_fields: ClassVar = ("messages", "tools", "documents")
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     visual_token_budget: BudgetField | None = None
-    """For every picture that has none of its own."""
+    """For every image that has none of its own."""
 
-    def image_parts(self) -> Iterator[tuple[str, ImagePart]]:
-        """Every picture in order of appearance, with the path of its URL in the request."""
+    def images(self) -> list[RequestedImage]:
+        found = []
         for turn, message in enumerate(self.messages):
-            if isinstance(message.content, list):
-                for place, part in enumerate(message.content):
-                    if isinstance(part, ImagePart):
-                        yield f"messages[{turn}].content[{place}].image_url.url", part
+            for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                if isinstance(part, ImagePart):
+                    path, image = f"messages[{turn}].content[{place}].image_url", part.image_url
+                    found.append(
+                        RequestedImage(path, f"{path}.url", image.url, image.visual_token_budget, image.detail)
+                    )
+        return found
+
+    def shared_budget(self) -> Budget | None:
+        return self.visual_token_budget
+
+    def text_tokens(self) -> int:
+        return estimate_text_tokens(self._texts())
+
+    def check_schedules(self, schedules: Iterable[Schedule]) -> None:
+        """Log-probabilities of a prompt exist for every token of it, and pruned ones are gone."""
+        # vLLM takes `echo` as a request for them.
+        name = "prompt_logprobs" if self.prompt_logprobs is not None else "echo" if self.echo else None
+        if name is not None and not all(schedule.is_full for schedule in schedules):
+            raise InvalidRequestError(
+                f"{name} is not available for pruned images: set visual_token_budget to 'full'", param=name
+            )
+
+    def engine_fields(self, urls: Sequence[str]) -> Mapping[str, Any]:
+        left = iter(urls)
+        messages = [_engine_message(message, left) for message in self.messages]
+        return {**super().engine_fields(urls), "messages": messages}
+
+    def check(self) -> None:
+        refuse_engine_fields(self.messages)
+        super().check()
+
+    def _texts(self) -> Iterator[str]:
+        """All that the template may write into the prompt."""
+        for message, sent in zip(self.messages, self.sent["messages"], strict=True):
+            if isinstance(message.content, str):
+                yield message.content
+            else:
+                for part in message.content or ():
+                    text = getattr(part, "text", None) or getattr(part, "refusal", None)
+                    if isinstance(text, str):
+                        yield text
+            if rest := {name: value for name, value in sent.items() if name not in ("role", "content")}:
+                yield json.dumps(rest, ensure_ascii=False)
+        for name in ("tools", "documents"):
+            if name in self.sent:
+                yield json.dumps(self.sent[name], ensure_ascii=False)
 
 
 def refuse_engine_fields(messages: Sequence[Message]) -> None:
@@ -193,15 +238,15 @@ def refuse_engine_fields(messages: Sequence[Message]) -> None:
                 raise InvalidRequestError(reason, param=f"messages[{turn}].{name}")
 
 
-def parse_chat_request(body: bytes) -> ChatRequest:
-    """Read a request body.
-
-    Raises:
-        InvalidRequestError: not JSON, a field of the wrong shape, or one that clients may not set.
-    """
-    request = parse_body(ChatRequest, body)
-    refuse_engine_fields(request.messages)
-    if any(True for _ in request.image_parts()):
-        for name in ("messages", "tools", "documents"):
-            refuse_markers(request.sent.get(name), name)
-    return request
+def _engine_message(message: Message, urls: Iterator[str]) -> dict[str, Any]:
+    body = message.model_dump(exclude_unset=True, exclude={"content"})
+    if isinstance(message.content, list):
+        body["content"] = [
+            {"type": "image_url", "image_url": {"url": next(urls)}}
+            if isinstance(part, ImagePart)
+            else part.model_dump()
+            for part in message.content
+        ]
+    else:
+        body["content"] = message.content
+    return body

@@ -8,12 +8,12 @@ from pydantic import Field, StrictStr
 
 from server.errors import InvalidRequestError
 from server.generation_fields import TokenId
-from server.request_body import RequestBody, dump_json, parse_body
+from server.request_body import RequestBody
 from server.schemas import ImagePart, Message, Tool, refuse_engine_fields
 
 
 class TokenizeRequest(RequestBody):
-    """Either a prompt or a conversation without pictures."""
+    """Either a prompt or a conversation without images."""
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
@@ -24,49 +24,24 @@ class TokenizeRequest(RequestBody):
     return_token_strs: bool | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
 
-    def engine_body(self) -> bytes:
-        """The engine's request as JSON."""
-        return dump_json(self.sent)
+    def check(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("give either 'prompt' or 'messages'", param="prompt")
+        refuse_engine_fields(self.messages or ())
+        for turn, message in enumerate(self.messages or ()):
+            for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                if isinstance(part, ImagePart):
+                    # The engine would decode it unchecked, and count it at full size whatever its budget.
+                    raise InvalidRequestError(
+                        "images cannot be tokenized here; POST /v1/visual_tokens/count reports what they cost",
+                        param=f"messages[{turn}].content[{place}]",
+                    )
+        if self.prompt is not None:
+            for name in ("add_generation_prompt", "continue_final_message", "tools"):
+                if name in self.sent:
+                    raise InvalidRequestError(f"{name!r} goes with 'messages', not with 'prompt'", param=name)
 
 
 class DetokenizeRequest(RequestBody):
     model: StrictStr | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
-
-    def engine_body(self) -> bytes:
-        """The engine's request as JSON."""
-        return dump_json(self.sent)
-
-
-def parse_tokenize_request(body: bytes) -> TokenizeRequest:
-    """Read a request body.
-
-    Raises:
-        InvalidRequestError: not JSON, a field of the wrong shape, both or neither of prompt and messages, or pictures.
-    """
-    request = parse_body(TokenizeRequest, body)
-    if (request.prompt is None) == (request.messages is None):
-        raise InvalidRequestError("give either 'prompt' or 'messages'", param="prompt")
-    refuse_engine_fields(request.messages or ())
-    for turn, message in enumerate(request.messages or ()):
-        for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            if isinstance(part, ImagePart):
-                # The engine would decode it unchecked, and count it at full size whatever its budget.
-                raise InvalidRequestError(
-                    "pictures cannot be tokenized here; POST /v1/visual_tokens/count tells what they cost",
-                    param=f"messages[{turn}].content[{place}]",
-                )
-    if request.prompt is not None:
-        for name in ("add_generation_prompt", "continue_final_message", "tools"):
-            if name in request.sent:
-                raise InvalidRequestError(f"{name!r} goes with 'messages', not with 'prompt'", param=name)
-    return request
-
-
-def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
-    """Read a request body.
-
-    Raises:
-        InvalidRequestError: not JSON, or a field of the wrong shape.
-    """
-    return parse_body(DetokenizeRequest, body)

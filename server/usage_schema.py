@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.budget_field import BudgetField
+from server.budget import BudgetField
 
 
 class _Answer(BaseModel):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from server.completion_request import CompletionRequest
+from server.completions import CompletionRequest
 from server.engine_fields import ENGINE_FIELDS, IDLE_FIELDS
 from server.generation_fields import RepetitionDetection, StructuredOutputs
 from server.request_body import RequestBody

@@ -14,14 +14,10 @@ from server.engine_pool import EnginePool
 from server.settings import Settings
 
 
-def make_app(settings: Settings, *engines: Any, drain: Drain | None = None) -> FastAPI:
-    """`engines` are ASGI apps or finished clients; they are named "0", "1", ..."""
+def make_app(settings: Settings, *engines: Any, drain: Drain | None = None, **seams: Any) -> FastAPI:
+    """`engines` are ASGI apps or finished clients, named "0", "1", ...; `seams` are those of create_app."""
     clients = [
         item if isinstance(item, HttpEngineClient) else HttpEngineClient(AsgiTransport(item)) for item in engines
     ]
     pool = EnginePool({str(number): client for number, client in enumerate(clients)}, settings)
-    return create_app(settings, pool, drain)
-
-
-def _client(engine: Any) -> HttpEngineClient:
-    return engine if isinstance(engine, HttpEngineClient) else HttpEngineClient(AsgiTransport(engine))
+    return create_app(settings, pool, drain, **seams)

@@ -223,7 +223,7 @@ async def test_defects_become_500_and_are_logged(
     def fail(*_: object) -> None:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr("server.chat.build_engine_body", fail)
+    monkeypatch.setattr("server.schemas.ChatRequest.engine_body", fail)
     response = await client.post(CHAT, json=ask(picture()))
     assert_error(response, 500, None)
     assert "secret" not in response.text

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 import httpx
@@ -35,12 +34,12 @@ URL = "messages[0].content[0].image_url.url"
 
 @asynccontextmanager
 async def gateway(
-    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch | None = None, **settings: Any
+    engine: FakeEngine, *, fetches_locally: bool = False, **values: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """With `monkeypatch`, addresses of this machine count as public."""
-    if monkeypatch is not None:
-        monkeypatch.setattr("server.app.ImageFetcher", partial(ImageFetcher, is_allowed=lambda _: True))
-    app = make_app(Settings(**settings), engine)
+    """With `fetches_locally`, addresses of this machine count as public, and `http:` is fetched."""
+    settings = Settings(**values, fetch_http=fetches_locally)
+    fetcher = ImageFetcher(settings, is_allowed=lambda _: True) if fetches_locally else None
+    app = make_app(settings, engine, fetcher=fetcher)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway", timeout=10) as client:
         yield client
 
@@ -49,10 +48,8 @@ def photo(width: int, height: int, color: str) -> bytes:
     return encode(Image.new("RGB", (width, height), color))
 
 
-async def test_named_pictures_are_fetched_and_sent_along_in_order(
-    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with Origin() as origin, gateway(engine, monkeypatch, fetch_http=True) as client:
+async def test_named_pictures_are_fetched_and_sent_along_in_order(engine: FakeEngine) -> None:
+    async with Origin() as origin, gateway(engine, fetches_locally=True) as client:
         origin.pages["/first"] = redirect("/moved")
         origin.pages["/moved"] = reply(photo(40, 20, "red"))
         origin.pages["/last"] = reply(photo(20, 40, "blue"))
@@ -66,9 +63,9 @@ async def test_named_pictures_are_fetched_and_sent_along_in_order(
         assert metric(text, "visiondrop_image_decode_seconds_count") == 3
 
 
-async def test_fetched_bytes_are_bounded_and_counted(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fetched_bytes_are_bounded_and_counted(engine: FakeEngine) -> None:
     small = {"max_image_bytes": 20_000, "max_body_bytes": 5_000, "max_buffered_bytes": 100_000}
-    async with Origin() as origin, gateway(engine, monkeypatch, fetch_http=True, **small) as client:
+    async with Origin() as origin, gateway(engine, fetches_locally=True, **small) as client:
         origin.pages["/large"] = reply(bytes(20_001))
         origin.pages["/noise"] = reply(encode(Image.effect_noise((130, 130), 90)))
         base = f"http://127.0.0.1:{origin.port}"
@@ -80,8 +77,8 @@ async def test_fetched_bytes_are_bounded_and_counted(engine: FakeEngine, monkeyp
             assert (await client.post(CHAT, json=ask(*[f"{base}/noise"] * 2))).status_code == 200
 
 
-async def test_client_that_leaves_during_the_fetch_ends_it(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with Origin(is_mute=True) as origin, gateway(engine, monkeypatch, fetch_http=True) as client:
+async def test_client_that_leaves_during_the_fetch_ends_it(engine: FakeEngine) -> None:
+    async with Origin(is_mute=True) as origin, gateway(engine, fetches_locally=True) as client:
         task = asyncio.ensure_future(client.post(CHAT, json=ask(f"http://127.0.0.1:{origin.port}/a")))
         await asyncio.wait_for(origin.heard.wait(), 5)
         began = time.monotonic()
@@ -119,11 +116,11 @@ async def test_clients_that_leave_during_the_decoding_do_not_add_threads(
         await until_metric(client, "visiondrop_inflight_requests", 0)
 
 
-async def test_one_bad_picture_ends_the_other_fetches(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_bad_picture_ends_the_other_fetches(engine: FakeEngine) -> None:
     async with (
         Origin(is_mute=True) as mute,
         Origin() as origin,
-        gateway(engine, monkeypatch, fetch_http=True) as client,
+        gateway(engine, fetches_locally=True) as client,
     ):
         origin.pages["/gone"] = reply(status="404 Not Found")
         began = time.monotonic()

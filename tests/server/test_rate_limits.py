@@ -41,7 +41,7 @@ def key(name: str = "shop", requests: int | None = None, images: int | None = No
 
 def refusal(rates: RateLimits, key: ApiKey, num_images: int) -> RateLimitError | None:
     try:
-        rates.take_images(key, num_images)
+        rates.take_images(key, num_images, "messages")
     except RateLimitError as error:
         return error
     return None
@@ -79,30 +79,30 @@ def test_refused_requests_do_not_count(clock: Clock) -> None:
 
 def test_images_are_taken_all_or_none(clock: Clock) -> None:
     rates, shop = RateLimits(Settings()), key(images=10)
-    rates.take_images(shop, 7)
+    rates.take_images(shop, 7, "messages")
     for _ in range(3):
         with pytest.raises(RateLimitError) as caught:
-            rates.take_images(shop, 4)
+            rates.take_images(shop, 4, "messages")
         assert caught.value.reason == "images_per_minute"
-    rates.take_images(shop, 3)
-    rates.take_images(shop, 0)
+    rates.take_images(shop, 3, "messages")
+    rates.take_images(shop, 0, "messages")
 
 
 def test_images_wait_for_as_many_as_they_are(clock: Clock) -> None:
     rates, shop = RateLimits(Settings()), key(images=10)
     for count in (2, 3, 5):
-        rates.take_images(shop, count)
+        rates.take_images(shop, count, "messages")
         clock.advance(10)
     for count, seconds in ((1, 30), (2, 30), (3, 40), (5, 40), (6, 50), (10, 50)):
         with pytest.raises(RateLimitError) as caught:
-            rates.take_images(shop, count)
+            rates.take_images(shop, count, "messages")
         assert caught.value.retry_after_seconds == seconds
 
 
 def test_more_images_than_a_minute_allows_are_not_told_to_wait(clock: Clock) -> None:
     rates, shop = RateLimits(Settings()), key(images=10)
     with pytest.raises(InvalidRequestError, match="has 11 images, but at most 10 a minute") as caught:
-        rates.take_images(shop, 11)
+        rates.take_images(shop, 11, "messages")
     assert (caught.value.param, caught.value.headers()) == ("messages", {})
 
 
@@ -110,7 +110,7 @@ def test_keys_do_not_share_and_requests_are_not_images(clock: Clock) -> None:
     rates = RateLimits(Settings())
     for name in ("shop", "lab"):
         rates.take_request(key(name, 1, 1))
-        rates.take_images(key(name, 1, 1), 1)
+        rates.take_images(key(name, 1, 1), 1, "messages")
         with pytest.raises(RateLimitError):
             rates.take_request(key(name, 1, 1))
 
@@ -119,9 +119,9 @@ def test_own_rate_goes_before_that_of_the_server(clock: Clock) -> None:
     rates = RateLimits(Settings(requests_per_minute=2, images_per_minute=2))
     assert rates.headers(key())["x-ratelimit-limit-requests"] == "2"
     assert rates.headers(key(requests=5))["x-ratelimit-limit-requests"] == "5"
-    rates.take_images(key("lab", images=5), 5)
+    rates.take_images(key("lab", images=5), 5, "messages")
     with pytest.raises(InvalidRequestError):
-        rates.take_images(key(), 3)
+        rates.take_images(key(), 3, "messages")
 
 
 def test_those_without_keys_share_one_rate(clock: Clock) -> None:
@@ -135,7 +135,7 @@ def test_no_rate_is_no_limit_and_no_header(clock: Clock) -> None:
     rates = RateLimits(Settings())
     for _ in range(1000):
         rates.take_request(ANONYMOUS)
-    rates.take_images(ANONYMOUS, 100_000)
+    rates.take_images(ANONYMOUS, 100_000, "messages")
     assert rates.headers(ANONYMOUS) == {}
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from server.completion_request import parse_completion_request
+from server.completions import CompletionRequest
 from server.errors import InvalidRequestError, PayloadTooLargeError
 from server.request_body import MAX_MEMBERS, MAX_VALUES
-from server.responses_request import parse_responses_request
-from server.schemas import parse_chat_request
-from server.tokenize_request import parse_detokenize_request, parse_tokenize_request
+from server.responses_request import ResponsesRequest
+from server.schemas import ChatRequest
+from server.tokenize_request import DetokenizeRequest, TokenizeRequest
 
 MANY = MAX_VALUES // 4
 
@@ -33,7 +33,7 @@ def repeated(around: str, item: str, number: int) -> bytes:
 )
 def test_a_body_of_very_many_values_is_refused_unread(body: bytes) -> None:
     with pytest.raises(PayloadTooLargeError) as caught:
-        parse_chat_request(body)
+        ChatRequest.parse(body)
     assert (caught.value.status, caught.value.code) == (413, "too_many_values")
 
 
@@ -42,13 +42,13 @@ def test_names_of_megabytes_cost_no_more_than_their_reading() -> None:
     picture = '{"type": "image_url", "image_url": {"url": "data:"}}'
     tools = json.dumps([{"function": {"name": "f", "parameters": {name: {name: [0] * 20_000}}}}])
     started = time.process_time()
-    parse_chat_request(f'{{"messages": [{{"role": "user", "content": [{picture}]}}], "tools": {tools}}}'.encode())
+    ChatRequest.parse(f'{{"messages": [{{"role": "user", "content": [{picture}]}}], "tools": {tools}}}'.encode())
     for body in (
         f'{{"{name}": 1}}',
         f'{{"messages": [{{"role": "user", "content": [{{"type": "text", "{name}": 1}}]}}]}}',
     ):
         with pytest.raises(InvalidRequestError) as caught:
-            parse_chat_request(body.encode())
+            ChatRequest.parse(body.encode())
         assert len(json.dumps(caught.value.body())) < 2000
     assert time.process_time() - started < 2
 
@@ -56,16 +56,16 @@ def test_names_of_megabytes_cost_no_more_than_their_reading() -> None:
 @pytest.mark.parametrize(
     ("parse", "around", "item", "param"),
     [
-        (parse_chat_request, '{"messages": [...]}', "0", "messages[0]"),
-        (parse_chat_request, '{"messages": [{"role": "user", "content": [...]}]}', "0", "messages[0].content[0]"),
-        (parse_chat_request, '{"messages": [{"role": "a", "tool_calls": [...]}]}', "0", "messages[0].tool_calls[0]"),
-        (parse_chat_request, '{"messages": [{"role": "user"}], "documents": [...]}', "0", "documents[0]"),
-        (parse_responses_request, '{"input": [...]}', "0", "input[0]"),
-        (parse_responses_request, '{"input": [{"role": "user", "content": [...]}]}', "0", "input[0].content[0]"),
-        (parse_completion_request, '{"prompt": [...]}', "-1", "prompt[0]"),
-        (parse_tokenize_request, '{"messages": [...]}', "0", "messages[0]"),
-        (parse_tokenize_request, '{"messages": [{"role": "user"}], "tools": [...]}', "0", "tools[0]"),
-        (parse_detokenize_request, '{"tokens": [...]}', "-1", "tokens[0]"),
+        (ChatRequest.parse, '{"messages": [...]}', "0", "messages[0]"),
+        (ChatRequest.parse, '{"messages": [{"role": "user", "content": [...]}]}', "0", "messages[0].content[0]"),
+        (ChatRequest.parse, '{"messages": [{"role": "a", "tool_calls": [...]}]}', "0", "messages[0].tool_calls[0]"),
+        (ChatRequest.parse, '{"messages": [{"role": "user"}], "documents": [...]}', "0", "documents[0]"),
+        (ResponsesRequest.parse, '{"input": [...]}', "0", "input[0]"),
+        (ResponsesRequest.parse, '{"input": [{"role": "user", "content": [...]}]}', "0", "input[0].content[0]"),
+        (CompletionRequest.parse, '{"prompt": [...]}', "-1", "prompt[0]"),
+        (TokenizeRequest.parse, '{"messages": [...]}', "0", "messages[0]"),
+        (TokenizeRequest.parse, '{"messages": [{"role": "user"}], "tools": [...]}', "0", "tools[0]"),
+        (DetokenizeRequest.parse, '{"tokens": [...]}', "-1", "tokens[0]"),
     ],
 )
 def test_the_first_wrong_value_ends_the_reading(

@@ -9,11 +9,11 @@ import pytest
 from pictures import ask, picture
 
 from server.errors import InvalidRequestError
-from server.schemas import ChatRequest, parse_chat_request
+from server.schemas import ChatRequest
 
 
 def parse(body: dict[str, Any]) -> ChatRequest:
-    return parse_chat_request(json.dumps(body).encode())
+    return ChatRequest.parse(json.dumps(body).encode())
 
 
 def text(content: Any = "Hi", **fields: Any) -> dict[str, Any]:
@@ -109,9 +109,9 @@ def test_a_part_holds_nothing_foreign(part: dict[str, Any], param: str, words: s
 @pytest.mark.parametrize("detail", ["auto", "low", "high", "original", "full", None])
 def test_a_picture_has_a_budget_and_a_detail_of_its_own(detail: str | None) -> None:
     request = parse(text([image_part(detail=detail, visual_token_budget="low"), image_part()]))
-    first, second = (part.image_url for _, part in request.image_parts())
-    assert (first.detail, first.visual_token_budget) == (detail, 160)
-    assert (second.detail, second.visual_token_budget) == (None, None)
+    first, second = request.images()
+    assert (first.detail, first.budget) == (detail, 160)
+    assert (second.detail, second.budget) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from metric_text import metric
 from pictures import ask
 
 from server.connection_guard import ConnectionLimits
+from server.context import context_of
 from server.http_server import HttpServer, allowed_connections
 from server.listener import Address, bound_socket
 from server.settings import Settings
@@ -52,6 +53,7 @@ class App:
         if path == "/hold":
             await self._wait_disconnect(receive)
             return
+        context_of(scope).sends_events = path in ("/endless", "/events")  # as the recording middleware notes it
         kind = b"text/event-stream" if path in ("/endless", "/events") else b"text/plain"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
         if path == "/events":

@@ -22,14 +22,13 @@ CHAT = "/v1/chat/completions"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
-async def test_span_is_between_the_clients_and_the_engines(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_span_is_between_the_clients_and_the_engines(engine: FakeEngine) -> None:
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter, provider = InMemorySpanExporter(), sdk.TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr("server.app.make_tracing", lambda settings: OtlpTracing(provider))
-    app = make_app(Settings(), engine)
+    app = make_app(Settings(), engine, tracing=OtlpTracing(provider))
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
         await client.post(
             CHAT,

@@ -1,15 +1,13 @@
-"""A text completion request: OpenAI's fields and vLLM's. There are no pictures on this route."""
+"""A text completion request: OpenAI's fields and vLLM's. There are no images on this route."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, TypeAlias
 
 from pydantic import Discriminator, Field, StrictStr, Tag
 
-from server.cost import estimate_text_tokens
 from server.errors import InvalidRequestError
-from server.generation_fields import INT32_MAX, GenerationBody, TokenId
-from server.request_body import dump_json, parse_body
+from server.generation_fields import INT32_MAX, CompletionFields, TokenId, estimate_text_tokens
 
 MAX_SEQUENCES: Final = 1024
 """Prompts times choices of one request; vLLM's own bound of prompts."""
@@ -39,8 +37,10 @@ Prompt: TypeAlias = Annotated[
 ]
 
 
-class CompletionRequest(GenerationBody):
-    """A text completion request; see `parse_completion_request`."""
+class CompletionRequest(CompletionFields):
+    """A text completion request."""
+
+    text_fields: ClassVar = ("prompt",)
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
@@ -54,31 +54,10 @@ class CompletionRequest(GenerationBody):
             return [self.prompt]
         return self.prompt  # type: ignore[return-value]  # mypy does not narrow a list by its first item
 
-    @property
-    def cost(self) -> int:
-        """About how many tokens the prompts have."""
+    def text_tokens(self) -> int:
         ids = sum(len(prompt) for prompt in self.prompts if isinstance(prompt, list))
         return ids + estimate_text_tokens(prompt for prompt in self.prompts if isinstance(prompt, str))
 
-    def engine_body(self) -> bytes:
-        """The engine's request as JSON.
-
-        Raises:
-            InvalidRequestError: a number in it is infinite.
-        """
-        payload = dict(self.sent)
-        if self.stream:
-            payload["stream_options"] = {**payload.get("stream_options", {}), **self.engine_stream_options()}
-        return dump_json(payload)
-
-
-def parse_completion_request(body: bytes) -> CompletionRequest:
-    """Read a request body.
-
-    Raises:
-        InvalidRequestError: not JSON, a field of the wrong shape, or one that clients may not set.
-    """
-    request = parse_body(CompletionRequest, body)
-    if len(request.prompts) * (request.n or 1) > MAX_SEQUENCES:
-        raise InvalidRequestError(f"n times the number of prompts may be at most {MAX_SEQUENCES}", param="n")
-    return request
+    def check(self) -> None:
+        if len(self.prompts) * (self.n or 1) > MAX_SEQUENCES:
+            raise InvalidRequestError(f"n times the number of prompts may be at most {MAX_SEQUENCES}", param="n")
