@@ -11,29 +11,29 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server import openapi
-from server.access import AccessMiddleware
-from server.admission import Admission
-from server.api_keys import ApiKeys
+from server.admission.drain import Drain
+from server.admission.keys import ApiKeys
+from server.admission.queue import Admission
+from server.admission.rates import RateLimits
+from server.api import openapi
+from server.api.count import count_routes
+from server.api.generate import generating_routes
+from server.api.intake import Intake
+from server.api.models import model_routes
+from server.api.operations import metric_routes, probe_routes
+from server.api.plan import Planner
+from server.api.tokens import token_routes
 from server.context import context_of
-from server.count import count_routes
-from server.dispatch import Dispatcher
-from server.drain import Drain
-from server.engine_pool import EnginePool
+from server.engine.dispatch import Dispatcher
+from server.engine.pool import EnginePool
 from server.errors import GatewayError, error_response, from_http_status
-from server.generate import generating_routes
-from server.image_fetch import ImageFetcher
-from server.intake import Intake
-from server.metrics import Metrics
-from server.models import model_routes
-from server.operations import metric_routes, probe_routes
-from server.pictures import ImageLoader
-from server.planner import Planner
-from server.rate_limits import RateLimits
-from server.recording import RecordingMiddleware
+from server.http.access import AccessMiddleware
+from server.http.middleware import RecordingMiddleware
+from server.images.fetch import ImageFetcher
+from server.images.load import ImageLoader
 from server.settings import Settings
-from server.tokens import token_routes
-from server.tracing import Tracing, make_tracing
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing, make_tracing
 from server.version import package_version
 
 

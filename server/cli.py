@@ -13,13 +13,13 @@ from typing import Any, Final, NoReturn
 
 from pydantic import ValidationError
 
-from server.api_keys import ApiKeys
+from server.admission.keys import ApiKeys
 from server.errors import first_complaint
-from server.listener import Address, StartError
-from server.recording import REQUEST_LOG
-from server.serve import run_gateway, run_serve
+from server.http.listener import Address, StartError
+from server.http.middleware import REQUEST_LOG
+from server.launcher.serve import run_gateway, run_serve
 from server.settings import Settings
-from server.tracing import make_tracing
+from server.telemetry.tracing import make_tracing
 from server.version import package_version
 from vd_plugin.schedule import PRESETS
 

@@ -10,11 +10,11 @@ from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from server import routes
-from server.api_keys import ApiKey
+from server import paths
+from server.admission.keys import ApiKey
+from server.admission.memory import MemoryLease
 from server.errors import GatewayError
-from server.memory_budget import MemoryLease
-from server.record import RequestRecord, choose_request_id
+from server.telemetry.record import RequestRecord, choose_request_id
 
 _KEY: Final = "visiondrop.context"
 """The one key of ours in an ASGI scope."""
@@ -46,7 +46,7 @@ def context_of(scope: Scope) -> RequestContext:
     """
     context = scope.get(_KEY)
     if context is None:
-        route = scope["path"] if scope["path"] in routes.ALL else routes.OTHER
+        route = scope["path"] if scope["path"] in paths.ALL else paths.OTHER
         request_id = choose_request_id(Headers(scope=scope).get("x-request-id"))
         context = scope[_KEY] = RequestContext(RequestRecord(request_id, route))
     assert isinstance(context, RequestContext)

@@ -7,10 +7,10 @@ from typing import Any
 from asgi_transport import AsgiTransport
 from fastapi import FastAPI
 
+from server.admission.drain import Drain
 from server.app import create_app
-from server.drain import Drain
-from server.engine_client import HttpEngineClient
-from server.engine_pool import EnginePool
+from server.engine.client import HttpEngineClient
+from server.engine.pool import EnginePool
 from server.settings import Settings
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from server import cli, serve
-from server.supervisor import Backoff
+from server import cli
+from server.launcher import serve
+from server.launcher.supervisor import Backoff
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 

@@ -20,9 +20,9 @@ from metric_text import metric, metrics_of, until_metric
 from pictures import ask, picture
 from wire import Wire
 
+from server.admission.drain import Drain
 from server.app import metrics_app_of
-from server.drain import Drain
-from server.engine_client import HttpEngineClient
+from server.engine.client import HttpEngineClient
 from server.settings import Settings
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ import virtual_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.admission import Admission
+from server.admission.queue import Admission
 from server.errors import EngineUnreachableError, GatewayError, OverloadedError
 from server.settings import Settings
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from server.api_keys import ANONYMOUS, ApiKey, ApiKeys, KeyFileError
+from server.admission.keys import ANONYMOUS, ApiKey, ApiKeys, KeyFileError
 from server.errors import AuthenticationError
 from server.settings import Settings
 

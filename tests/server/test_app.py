@@ -15,7 +15,7 @@ from metric_text import metric, metrics_of
 from pictures import ask, data_url, encode, picture
 from PIL import Image
 
-from server.engine_client import HttpEngineClient
+from server.engine.client import HttpEngineClient
 from server.settings import Settings
 from vd_plugin.schedule import FULL, Budget, resolve
 
@@ -223,7 +223,7 @@ async def test_defects_become_500_and_are_logged(
     def fail(*_: object) -> None:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr("server.schemas.ChatRequest.engine_body", fail)
+    monkeypatch.setattr("server.schemas.chat.ChatRequest.engine_body", fail)
     response = await client.post(CHAT, json=ask(picture()))
     assert_error(response, 500, None)
     assert "secret" not in response.text
@@ -327,7 +327,7 @@ async def test_defect_in_mid_stream_ends_it_with_an_error_event(
     def fail(*_: object) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setattr("server.record.RequestRecord.mark_token", fail)
+    monkeypatch.setattr("server.telemetry.record.RequestRecord.mark_token", fail)
     async with client.stream("POST", CHAT, json=ask(stream=True)) as response:
         events = await sse_data(response.aiter_bytes())
     assert json.loads(events[-1])["error"]["code"] == "internal_error"

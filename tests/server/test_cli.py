@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from server import cli
-from server.listener import Address
-from server.recording import REQUEST_LOG
+from server.http.listener import Address
+from server.http.middleware import REQUEST_LOG
 from server.settings import Settings
 
 
@@ -184,7 +184,7 @@ def test_odd_pictures_write_nothing_and_are_not_remembered(tmp_path: Path) -> No
         "from contextlib import suppress\n"
         "from pictures import png\n"
         "from server import cli\n"
-        "from server.images import check_image_bytes\n"
+        "from server.images.check import check_image_bytes\n"
         "from server.settings import Settings\n"
         "cli._configure_logging()\n"
         "for width in range(9000, 9100):\n"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from server.disconnect import until_disconnect
 from server.errors import ClientDisconnectedError
+from server.http.disconnect import until_disconnect
 
 pytestmark = pytest.mark.anyio
 

@@ -15,7 +15,7 @@ import pytest
 from gateway_process import Gateway, Start, gateways, is_alive, wait_for
 from pictures import ask
 
-from server.drain import Drain
+from server.admission.drain import Drain
 from server.errors import OverloadedError
 
 

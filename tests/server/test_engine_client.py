@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from server.engine_client import EngineCall, HttpEngineClient
+from server.engine.client import EngineCall, HttpEngineClient
 from server.errors import OverloadedError
 
 pytestmark = pytest.mark.anyio

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server import engine_log
-from server.progress import Progress
+from server.launcher.log import activity, last_error, last_words
+from server.launcher.progress import Progress
 
 
 @pytest.fixture
@@ -17,13 +17,13 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_activity_is_the_last_line_that_is_known(log: Path) -> None:
-    assert engine_log.activity(log) == "starting"
+    assert activity(log) == "starting"
     log.write_text("INFO [core.py:1] Initializing a V1 LLM engine\n")
-    assert engine_log.activity(log) == "starting the engine's processes"
+    assert activity(log) == "starting the engine's processes"
     with log.open("a") as file:
         file.write("\rLoading safetensors checkpoint shards:   0%|  |\rLoading safetensors checkpoint shards:  50%|# |")
         file.write("\nsomething else\n")
-    assert engine_log.activity(log) == "loading weights, 50%"
+    assert activity(log) == "loading weights, 50%"
 
 
 @pytest.mark.parametrize(
@@ -44,19 +44,19 @@ def test_activity_is_the_last_line_that_is_known(log: Path) -> None:
 )
 def test_last_error_is_the_root_cause(log: Path, text: str, error: str | None) -> None:
     log.write_text(text)
-    assert engine_log.last_error(log) == error
+    assert last_error(log) == error
 
 
 def test_last_words_are_the_engine_s_own_sentence(log: Path) -> None:
     log.write_text("INFO x\nvisiondrop: error: no such model\nINFO y\n")
-    assert engine_log.last_words(log) == "no such model"
+    assert last_words(log) == "no such model"
     log.write_text("INFO visiondrop: error: quoted\n")
-    assert engine_log.last_words(log) is None
+    assert last_words(log) is None
 
 
 def test_long_logs_are_read_from_their_end(log: Path) -> None:
     log.write_text("ValueError: early\n" + "x\n" * 100_000 + "KeyError: 'late'\n")
-    assert engine_log.last_error(log) == "KeyError: 'late'"
+    assert last_error(log) == "KeyError: 'late'"
 
 
 class Terminal(io.StringIO):

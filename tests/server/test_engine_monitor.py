@@ -12,7 +12,7 @@ import pytest
 from fake_engine import FakeEngine
 from wire import Wire, chat, make_pool, running, until
 
-from server.engine_monitor import LOST_FACTOR, EngineState, Signs, state_of
+from server.engine.monitor import LOST_FACTOR, EngineState, Signs, state_of
 from server.errors import EngineMismatchError
 from server.settings import Settings
 

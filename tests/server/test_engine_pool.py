@@ -19,10 +19,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from wire import Wire, chat, make_pool, running, until
 
-from server import engine_pool
-from server.engine_client import EventSource, HttpEngineClient
-from server.engine_monitor import LOST_FACTOR, EngineState
-from server.engine_pool import AFFINITY_SLACK, EnginePool
+from server.engine.client import EventSource, HttpEngineClient
+from server.engine.monitor import LOST_FACTOR, EngineState
+from server.engine.pool import AFFINITY_SLACK, EnginePool
 from server.errors import EngineFailedError, EngineUnreachableError, GatewayError, OverloadedError, RelayedError
 from server.settings import Settings
 
@@ -115,7 +114,7 @@ async def test_engine_that_has_seen_more_of_the_pictures_is_preferred() -> None:
 
 
 async def test_only_so_many_pictures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_pool, "_NUM_REMEMBERED_PICTURES", 2)
+    monkeypatch.setattr("server.engine.pool._NUM_REMEMBERED_PICTURES", 2)
     engines = [FakeEngine() for _ in range(2)]
     pool = make_pool(Settings(), *map(Wire, engines))
     async with running(pool):

@@ -26,12 +26,12 @@ sys.meta_path.insert(0, Wall())
 
 EVERY_MODULE = """
 import server
-names = [module.name for module in pkgutil.iter_modules(server.__path__)]
+names = [module.name for module in pkgutil.walk_packages(server.__path__, "server.")]
 for name in names:
-    importlib.import_module(f"server.{name}")
+    importlib.import_module(name)
 from server.app import create_app
-from server.engine_client import HttpEngineClient
-from server.engine_pool import EnginePool
+from server.engine.client import HttpEngineClient
+from server.engine.pool import EnginePool
 from server.settings import Settings
 create_app(Settings(), EnginePool({"0": HttpEngineClient.at("http://127.0.0.1:1")}, Settings()))
 print(len(names), "modules")
@@ -58,7 +58,7 @@ def test_the_wall_of_this_test_holds() -> None:
 
 
 def test_guard_needs_the_standard_library_alone() -> None:
-    guard = Path(__file__).parents[2] / "server" / "engine_guard.py"
+    guard = Path(__file__).parents[2] / "server" / "launcher" / "guard.py"
     command = [sys.executable, "-I", "-S", str(guard), "1", sys.executable, "-c", "raise SystemExit(7)"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
         assert process.wait(timeout=10) == 7

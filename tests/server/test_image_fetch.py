@@ -18,10 +18,9 @@ import trustme
 from bad_urls import BAD_URLS, DNS, UNAVAILABLE, BadUrl
 from origin import Origin, deaf_port, redirect, reply
 
-from server import image_fetch
 from server.errors import GatewayError, ImageUnavailableError, OverloadedError, PayloadTooLargeError
-from server.image_fetch import ImageFetcher, Resolver
-from server.public_address import IPAddress
+from server.images.addresses import IPAddress
+from server.images.fetch import ImageFetcher, Resolver
 from server.settings import Settings
 from server.version import package_version
 
@@ -173,7 +172,7 @@ async def test_one_fetch_keeps_no_connection_for_the_next(origin: Origin) -> Non
 
 
 async def test_further_address_serves_where_the_first_do_not(origin: Origin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_fetch, "_CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr("server.images.fetch._CONNECT_SECONDS", 0.1)
     with deaf_port(INSIDE, origin.port):
         names = Names(two=[[INSIDE, "127.0.0.3", OUTSIDE]])  # one is deaf, one refuses
         async with fetching(names, is_allowed=lambda address: address.is_loopback) as fetch:

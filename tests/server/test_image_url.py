@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from server.image_url import ImageUrlError, parse_image_url
+from server.images.url import ImageUrlError, parse_image_url
 from server.settings import Settings
 
 SETTINGS = Settings(fetch_http=True)

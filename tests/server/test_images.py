@@ -21,7 +21,7 @@ from pictures import data_url, decode, decode_as_engine, encode, png, png_chunk
 from PIL import Image, ImageChops, ImageCms, ImageOps
 
 from server.errors import GatewayError, InvalidRequestError, PayloadTooLargeError
-from server.images import CheckedImage, check_image, check_image_bytes
+from server.images.check import CheckedImage, check_image, check_image_bytes
 from server.settings import Settings
 
 RED = (255, 0, 0)
@@ -364,7 +364,7 @@ def test_a_bomb_is_refused_in_milliseconds() -> None:
 _PEAK = """
 import sys
 from pathlib import Path
-from server.images import check_image_bytes
+from server.images.check import check_image_bytes
 from server.settings import Settings
 data = sys.stdin.buffer.read()
 peak = lambda: 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from server.loop_noise import quieten
+from server.http.loop_noise import quieten
 
 
 def test_only_the_late_result_is_kept_quiet(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.admission.memory import MemoryBudget
 from server.errors import OverloadedError, PayloadTooLargeError
-from server.memory_budget import MemoryBudget
 
 
 def test_leases_share_one_limit_and_a_refused_one_keeps_what_it_had() -> None:

@@ -30,7 +30,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.testclient import TestClient
 
-from server import openapi, routes
+from server import paths
+from server.api import openapi
 from server.settings import Settings
 
 EXAMPLES = 20
@@ -146,7 +147,7 @@ def test_examples_are_valid_and_served(url: str, document: dict[str, Any]) -> No
             if "text/event-stream" in answers:
                 streamed = httpx.post(url + path, json={**content["example"], "stream": True})
                 assert streamed.headers["content-type"].startswith("text/event-stream")
-                schema = schemathesis.openapi.from_url(f"{url}{routes.OPENAPI}")
+                schema = schemathesis.openapi.from_url(f"{url}{paths.OPENAPI}")
                 schema[path]["POST"].validate_response(streamed)
 
 
@@ -208,7 +209,7 @@ def test_every_kind_of_error_has_the_documented_shape(url: str, document: dict[s
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_request_of_the_documents_makes_the_server_fail(url: str, mode: GenerationMode) -> None:
     """Bodies that fit the document, and bodies that do not."""
-    schema = schemathesis.openapi.from_url(f"{url}{routes.OPENAPI}")
+    schema = schemathesis.openapi.from_url(f"{url}{paths.OPENAPI}")
     failures: list[str] = []
     asked: dict[str, list[int]] = {}
 
@@ -233,5 +234,5 @@ def test_no_request_of_the_documents_makes_the_server_fail(url: str, mode: Gener
     assert all(len(codes) >= EXAMPLES for label, codes in asked.items() if label.startswith("POST"))
     assert 200 in asked["POST /v1/chat/completions"] or mode is GenerationMode.NEGATIVE
     # schemathesis leaves out the route that it had the document from
-    paths = httpx.get(f"{url}{routes.OPENAPI}").json()["paths"]
-    assert len(operations) == sum(len(item) for item in paths.values()) - 1
+    documented = httpx.get(f"{url}{paths.OPENAPI}").json()["paths"]
+    assert len(operations) == sum(len(item) for item in documented.values()) - 1

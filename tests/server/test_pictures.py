@@ -22,8 +22,8 @@ from origin import Origin, redirect, reply
 from pictures import ask, data_url, decode, encode, picture
 from PIL import Image
 
-from server.image_fetch import ImageFetcher
-from server.images import CheckedImage, check_image
+from server.images.check import CheckedImage, check_image
+from server.images.fetch import ImageFetcher
 from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -104,7 +104,7 @@ async def test_clients_that_leave_during_the_decoding_do_not_add_threads(
             busy -= 1
         return check_image(url, settings, param)
 
-    monkeypatch.setattr("server.pictures.check_image", decode_slowly)
+    monkeypatch.setattr("server.images.load.check_image", decode_slowly)
     async with gateway(engine, image_threads=2) as client:
         for _ in range(8):
             task = asyncio.ensure_future(client.post(CHAT, json=ask(picture(8, 8))))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.public_address import is_public
+from server.images.addresses import is_public
 
 NAT64 = IPv6Network("64:ff9b::/96")
 

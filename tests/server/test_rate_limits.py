@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.api_keys import ANONYMOUS, ApiKey
+from server.admission.keys import ANONYMOUS, ApiKey
+from server.admission.rates import RateLimits
 from server.errors import InvalidRequestError, RateLimitError
-from server.rate_limits import RateLimits
 from server.settings import Settings
 
 A_MOMENT = 0.001

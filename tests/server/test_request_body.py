@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from server.completions import CompletionRequest
 from server.errors import InvalidRequestError, PayloadTooLargeError
-from server.request_body import MAX_MEMBERS, MAX_VALUES
-from server.responses_request import ResponsesRequest
-from server.schemas import ChatRequest
-from server.tokenize_request import DetokenizeRequest, TokenizeRequest
+from server.schemas.chat import ChatRequest
+from server.schemas.completions import CompletionRequest
+from server.schemas.parse import MAX_MEMBERS, MAX_VALUES
+from server.schemas.responses import ResponsesRequest
+from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 MANY = MAX_VALUES // 4
 

@@ -9,7 +9,7 @@ import pytest
 from pictures import ask, picture
 
 from server.errors import InvalidRequestError
-from server.schemas import ChatRequest
+from server.schemas.chat import ChatRequest
 
 
 def parse(body: dict[str, Any]) -> ChatRequest:

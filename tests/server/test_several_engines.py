@@ -31,7 +31,7 @@ def engines(tmp_path: Path) -> Iterator[dict[str, str]]:
             folder.mkdir()
             urls[mode] = f"unix:{folder}/engine.sock"
             command = [sys.executable, str(HERE / "fake_engine.py"), mode, "--uds", f"{folder}/engine.sock"]
-            guarded = [sys.executable, str(ROOT / "server" / "engine_guard.py"), "1", *command]
+            guarded = [sys.executable, str(ROOT / "server" / "launcher" / "guard.py"), "1", *command]
             process = stack.enter_context(
                 subprocess.Popen(
                     guarded,

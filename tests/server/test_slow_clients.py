@@ -17,10 +17,10 @@ from gateway import make_app
 from metric_text import metric
 from pictures import ask
 
-from server.connection_guard import ConnectionLimits
 from server.context import context_of
-from server.http_server import HttpServer, allowed_connections
-from server.listener import Address, bound_socket
+from server.http.connection import ConnectionLimits
+from server.http.listener import Address, bound_socket
+from server.http.server import HttpServer, allowed_connections
 from server.settings import Settings
 
 pytestmark = pytest.mark.anyio

@@ -15,8 +15,8 @@ import pytest
 from gateway_process import Gateway, Start, gateways, is_alive, wait_for
 from pictures import ask, picture
 
-from server.engine_folder import EngineFolder
-from server.supervisor import Backoff
+from server.launcher.folder import EngineFolder
+from server.launcher.supervisor import Backoff
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from gateway import make_app
 from pictures import ask, picture
 
 from server.settings import Settings
-from server.tracing import HandOn, OtlpTracing, make_tracing
+from server.telemetry.tracing import HandOn, OtlpTracing, make_tracing
 
 pytestmark = pytest.mark.anyio
 

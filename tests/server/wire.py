@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 from asgi_transport import AsgiTransport
 
-from server.engine_client import EngineCall, HttpEngineClient
-from server.engine_pool import EnginePool
+from server.engine.client import EngineCall, HttpEngineClient
+from server.engine.pool import EnginePool
 from server.settings import Settings
 
 

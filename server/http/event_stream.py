@@ -1,0 +1,46 @@
+"""Events to the client."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Final
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from server.engine.client import EventSource
+from server.errors import ClientDisconnectedError
+from server.http.disconnect import until_disconnect
+from server.telemetry.record import RequestRecord
+
+# They keep proxies from holding events back.
+_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class EventStream(StreamingResponse):
+    """Relays events as they come and closes the engine's side at once when the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        source: EventSource,
+        record: RequestRecord,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(events, headers={**headers, **_HEADERS})
+        self._events = events
+        self._source = source
+        self._record = record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self._events):
+                # Starlette itself notices a client that leaves only when it sends.
+                await until_disconnect(receive, lambda: self.stream_response(send))
+        except ClientDisconnectedError as error:
+            self._record.mark_failure(error)
+        finally:
+            await self._source.aclose()
