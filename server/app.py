@@ -27,8 +27,7 @@ from server.context import context_of
 from server.engine.dispatch import Dispatcher
 from server.engine.pool import EnginePool
 from server.errors import GatewayError, error_response, from_http_status
-from server.http.access import AccessMiddleware
-from server.http.middleware import RecordingMiddleware
+from server.http.middleware import AccessMiddleware, RecordingMiddleware
 from server.images.fetch import ImageFetcher
 from server.images.load import ImageLoader
 from server.settings import Settings

@@ -12,8 +12,8 @@ from server.api.plan import Planner
 from server.budget import Choice, header_budget, plan_images
 from server.context import Context, RequestContext
 from server.http.disconnect import until_disconnect
+from server.schemas.answers import PresetCosts, VisualTokensCount
 from server.schemas.chat import ChatRequest
-from server.schemas.usage import PresetCosts, VisualTokensCount
 from server.telemetry.record import visual_tokens
 from vd_plugin.schedule import FULL, PRESETS, Budget
 

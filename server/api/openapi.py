@@ -21,7 +21,6 @@ from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.responses import ResponsesRequest
 from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
-from server.schemas.usage import VisualTokensCount
 
 _EXAMPLE_PICTURE: Final = (
     "data:image/png;base64,"
@@ -105,7 +104,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("post", paths.COUNT): Operation(
         "Tell what a chat request would cost at every preset, without running the model",
-        VisualTokensCount,
+        answers.VisualTokensCount,
         _ASKING,
         ChatRequest,
         _CHAT_EXAMPLE,

@@ -93,4 +93,4 @@ class Dispatcher:
         record.engine_answered = True
         context.lease.release()  # the body has gone to the engine, and a stream may take minutes
         events = shape.relay(source, record, include_usage=include_usage)
-        return EventStream(events, source, record, headers=record.headers())
+        return EventStream(events, context, headers=record.headers())

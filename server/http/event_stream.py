@@ -1,4 +1,4 @@
-"""Events to the client."""
+"""An answer as a stream of events."""
 
 from __future__ import annotations
 
@@ -9,31 +9,28 @@ from typing import Final
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.engine.client import EventSource
+from server.context import RequestContext
 from server.errors import ClientDisconnectedError
 from server.http.disconnect import until_disconnect
-from server.telemetry.record import RequestRecord
 
 # They keep proxies from holding events back.
 _HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream(StreamingResponse):
-    """Relays events as they come and closes the engine's side at once when the client goes away."""
+    """Sends events as they come, and ends when the client goes away; the context then closes the engine's side."""
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        source: EventSource,
-        record: RequestRecord,
+        context: RequestContext,
         headers: Mapping[str, str],
     ) -> None:
         super().__init__(events, headers={**headers, **_HEADERS})
         self._events = events
-        self._source = source
-        self._record = record
+        self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -41,6 +38,4 @@ class EventStream(StreamingResponse):
                 # Starlette itself notices a client that leaves only when it sends.
                 await until_disconnect(receive, lambda: self.stream_response(send))
         except ClientDisconnectedError as error:
-            self._record.mark_failure(error)
-        finally:
-            await self._source.aclose()
+            self._context.record.mark_failure(error)

@@ -1,6 +1,10 @@
-"""The outermost layer: gives every request its record, its id, its line in log and metrics, and what it holds.
+"""What surrounds every request.
 
-It also answers for defects: an exception that nobody foresaw becomes error 500, with the traceback in the server's log.
+RecordingMiddleware    the outermost layer: the request's context, its id, its line in log and metrics, its clean-up
+AccessMiddleware       who may come in: every route but the liveness probe needs a key, when there are keys
+
+The outermost layer also answers for defects: an exception that nobody foresaw becomes error 500, with the traceback in
+the server's log.
 """
 
 from __future__ import annotations
@@ -13,13 +17,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import paths
+from server.admission.keys import ApiKeys
 from server.context import context_of
-from server.errors import InternalError, error_event, error_response
+from server.errors import AuthenticationError, InternalError, error_event, error_response
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
 
 REQUEST_LOG: Final = "visiondrop.requests"
 """Logger of one JSON line for each request that asks for work."""
+
+_OPEN_PATHS: Final = (paths.HEALTH,)
 
 _log = logging.getLogger("visiondrop")
 _request_log = logging.getLogger(REQUEST_LOG)
@@ -88,3 +95,23 @@ class RecordingMiddleware:
             if is_work:
                 self._metrics.inflight.dec()
                 _request_log.info(json.dumps(record.log_fields(), ensure_ascii=False))
+
+
+class AccessMiddleware:
+    """ASGI middleware. A request without a key is answered before any of its body is read."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            context = context_of(scope)
+            try:
+                context.key = self._keys.authenticate(Headers(scope=scope).get("authorization"))
+            except AuthenticationError as error:
+                context.record.mark_failure(error)
+                await error_response(error)(scope, receive, send)
+                return
+            context.record.key_name = context.key.name
+        await self._app(scope, receive, send)

@@ -1,4 +1,7 @@
-"""uvicorn as the gateway uses it: guarded connections, no signal handlers of its own, no words of its own."""
+"""uvicorn as the gateway uses it: guarded connections, no signal handlers of its own, no log lines of its own.
+
+Metrics can have a port of their own, so that they can be scraped without a key and kept from the clients' network.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import Generator
-from typing import Final, Literal
+from collections.abc import AsyncGenerator, Generator
+from typing import Any, Final, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -27,6 +30,9 @@ _CANCEL_SECONDS: Final = 2
 
 _FILES_PER_CONNECTION: Final = 2  # the client's, and one to the engine
 _OTHER_FILES: Final = 256  # fetched pictures, logs, threads' pipes, listeners
+
+# Scrapers are few, and their requests are a few hundred bytes.
+_METRICS_LIMITS: Final = ConnectionLimits(header_seconds=10, body_seconds=10, send_seconds=10, max_connections=64)
 
 
 class HttpServer(uvicorn.Server):
@@ -85,3 +91,41 @@ def allowed_connections(wanted: int) -> int:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
     return max((soft - _OTHER_FILES) // _FILES_PER_CONNECTION, 1)
+
+
+@contextlib.asynccontextmanager
+async def serve_metrics(app: ASGIApp, listener: socket.socket | None) -> AsyncGenerator[None, None]:
+    """Serve `app` on `listener` meanwhile; with None do nothing. The app's lifespan is not run.
+
+    Raises:
+        OSError: the socket cannot be listened on.
+    """
+    if listener is None:
+        yield
+        return
+    server = HttpServer(app, _METRICS_LIMITS, lifespan="off")
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    try:
+        while not server.started and not serving.done():  # noqa: ASYNC110  # uvicorn offers no event
+            await asyncio.sleep(0.02)
+        if serving.done():
+            serving.result()
+        yield
+    finally:
+        server.should_exit = True
+        await asyncio.wait((serving,))
+
+
+def silence_late_results(loop: asyncio.AbstractEventLoop) -> None:
+    """Log nothing where a unix socket becomes ready in the very moment in which nobody waits for it any more.
+
+    anyio (4.16, `UNIXSocketStream`) then sets the result of a future that has been cancelled. It happens when clients
+    leave while the engine answers. REMOVE WHEN: anyio checks whether the future is done.
+    """
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        is_late = isinstance(context.get("exception"), asyncio.InvalidStateError)
+        if not (is_late and "Future.set_result" in repr(context.get("handle"))):
+            loop.default_exception_handler(context)
+
+    loop.set_exception_handler(handle)

@@ -28,9 +28,7 @@ from server.engine.pool import EnginePool
 from server.errors import EngineFailedError, EngineUnreachableError, GatewayError
 from server.http.connection import ConnectionLimits
 from server.http.listener import Address, StartError, bound_socket, url_of, why_not_bound
-from server.http.loop_noise import quieten
-from server.http.metrics_listener import serve_metrics
-from server.http.server import HttpServer, allowed_connections
+from server.http.server import HttpServer, allowed_connections, serve_metrics, silence_late_results
 from server.launcher.progress import Progress
 from server.launcher.supervisor import Backoff, Supervisor
 from server.settings import Settings
@@ -275,7 +273,7 @@ def _stop_on_signals(kill: Callable[[], None]) -> asyncio.Event:
         say("stopping (once more to stop at once)")
 
     loop = asyncio.get_running_loop()
-    quieten(loop)
+    silence_late_results(loop)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     return stop

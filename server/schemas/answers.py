@@ -1,4 +1,7 @@
-"""The shapes of answers, for the OpenAPI document. What vLLM adds to OpenAI's fields passes through beside them."""
+"""The shapes of answers: the OpenAPI document shows them, and the gateway builds its own figures with them.
+
+What vLLM adds to OpenAI's fields passes through beside them.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.schemas.usage import ResponseUsage, Usage
+from server.budget import BudgetField
 from vd_plugin.schedule import Budget
 
 
-class Error(BaseModel):
+class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
+
+class _Passed(BaseModel):
+    # With what the engine adds.
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+
+class Error(_Answer):
     message: str
     """A sentence for the person who sent the request."""
     type: str
@@ -22,16 +32,81 @@ class Error(BaseModel):
     """A word that a program can act on."""
 
 
-class ErrorBody(BaseModel):
+class ErrorBody(_Answer):
     """OpenAI's error object."""
-
-    model_config = ConfigDict(extra="forbid")
 
     error: Error
 
 
-class _Passed(BaseModel):
-    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+class ImageTokens(_Answer):
+    """One image."""
+
+    budget: BudgetField
+    """What was applied."""
+    full: int = Field(ge=0)
+    """Visual tokens of the stock model."""
+    kept: int = Field(ge=0)
+    """Visual tokens that a decoder layer holds, on average."""
+    stages: list[int]
+    """Visual tokens from the encoder's output on, and after each of the decoder's boundaries."""
+
+
+class VisualTokens(_Answer):
+    """All images of a request, in order of appearance."""
+
+    images: int = Field(ge=0)
+    full: int = Field(ge=0)
+    kept: int = Field(ge=0)
+    saved: int = Field(ge=0)
+    """full - kept"""
+    per_image: list[ImageTokens]
+
+
+class PromptTokensDetails(_Passed):
+    cached_tokens: int | None
+    image_tokens: int
+    """Visual tokens in the prompt, as the engine counted them."""
+    text_tokens: int
+
+
+class Usage(_Passed):
+    prompt_tokens: int
+    completion_tokens: int | None = None
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    visual_tokens: VisualTokens
+
+
+class InputTokensDetails(_Passed):
+    cached_tokens: int | None = None
+    image_tokens: int
+    text_tokens: int
+
+
+class ResponseUsage(_Passed):
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: InputTokensDetails
+    visual_tokens: VisualTokens
+
+
+class PresetCosts(_Answer):
+    low: VisualTokens
+    medium: VisualTokens
+    high: VisualTokens
+    full: VisualTokens
+
+
+class VisualTokensCount(_Answer):
+    """What a chat request would cost, without running the model."""
+
+    object: str = Field(json_schema_extra={"const": "visual_tokens.count"})
+    model: str | None
+    requested: VisualTokens
+    """With the budgets that the request asks for."""
+    presets: PresetCosts
+    """With each preset for all of its images."""
 
 
 class ChatMessage(_Passed):

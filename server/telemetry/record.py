@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from server.budget import HEADER, request_class
 from server.errors import GatewayError
-from server.schemas.usage import ImageTokens, PromptTokensDetails, VisualTokens
+from server.schemas.answers import ImageTokens, PromptTokensDetails, VisualTokens
 from vd_plugin.schedule import Geometry, Schedule, prefill_flops
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from server.http.loop_noise import quieten
+from server.http.server import silence_late_results
 
 
 def test_only_the_late_result_is_kept_quiet(caplog: pytest.LogCaptureFixture) -> None:
@@ -15,7 +15,7 @@ def test_only_the_late_result_is_kept_quiet(caplog: pytest.LogCaptureFixture) ->
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        quieten(loop)
+        silence_late_results(loop)
         for callback in (loop.create_future().set_result, loop.create_future().set_result):
             callback.__self__.cancel()  # type: ignore[attr-defined]
             loop.call_soon(callback, None)
