@@ -109,7 +109,7 @@ def test_details_are_openais_words_for_budgets() -> None:
     ]
 
 
-def test_pictures_of_one_request_choose_for_themselves() -> None:
+def test_images_of_one_request_choose_for_themselves() -> None:
     assert choose(image(32), image(detail="full"), image(), body=50) == [
         (32, "p0.visual_token_budget"),
         (FULL, "p1.detail"),

@@ -9,11 +9,10 @@ from typing import Any
 import httpx
 import pytest
 from asgi_transport import AsgiTransport
-from fake_engine import MODEL, sse_data
+from fake_engine import MODEL, FakeEngine, sse_data
 from gateway import make_app
+from images import picture
 from metric_text import metrics_of
-from pictures import picture
-from text_engine import TextEngine
 
 from server.settings import Settings
 
@@ -24,8 +23,8 @@ NO_PICTURES = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
 
 
 @pytest.fixture
-def engine() -> TextEngine:
-    return TextEngine()
+def engine() -> FakeEngine:
+    return FakeEngine()
 
 
 def assert_refused(response: httpx.Response, param: str | None, *words: str) -> None:
@@ -37,7 +36,7 @@ def assert_refused(response: httpx.Response, param: str | None, *words: str) -> 
         assert word in error["message"]
 
 
-async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClient, engine: TextEngine) -> None:
+async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     body = {"model": MODEL, "prompt": ["a", "b"], "n": 2, "temperature": 1, "logit_bias": {"5": 1}, "stop": "x"}
     response = await client.post(ROUTE, json={**body, "seed": None, "priority": None})
 
@@ -55,7 +54,7 @@ async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClie
     ("route", "body"), [(ROUTE, {"prompt": "a"}), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})]
 )
 async def test_a_budget_in_a_header_is_refused_where_there_are_no_pictures(
-    client: httpx.AsyncClient, engine: TextEngine, route: str, body: dict[str, Any], value: str
+    client: httpx.AsyncClient, engine: FakeEngine, route: str, body: dict[str, Any], value: str
 ) -> None:
     response = await client.post(route, json=body, headers={"X-Visual-Token-Budget": value})
     assert_refused(response, "X-Visual-Token-Budget", "visual token budget")
@@ -63,7 +62,7 @@ async def test_a_budget_in_a_header_is_refused_where_there_are_no_pictures(
 
 
 @pytest.mark.parametrize("asked", [True, False])
-async def test_a_stream_ends_with_usage_if_asked(client: httpx.AsyncClient, engine: TextEngine, asked: bool) -> None:
+async def test_a_stream_ends_with_usage_if_asked(client: httpx.AsyncClient, engine: FakeEngine, asked: bool) -> None:
     options = {"stream_options": {"include_usage": True}} if asked else {}
     async with client.stream("POST", ROUTE, json={"prompt": "a", "stream": True, **options}) as response:
         *events, done = await sse_data(response.aiter_bytes())
@@ -75,7 +74,7 @@ async def test_a_stream_ends_with_usage_if_asked(client: httpx.AsyncClient, engi
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a", "b"], [1, 2], [[1], [2, 3]]])
-async def test_prompts_have_four_forms(client: httpx.AsyncClient, engine: TextEngine, prompt: Any) -> None:
+async def test_prompts_have_four_forms(client: httpx.AsyncClient, engine: FakeEngine, prompt: Any) -> None:
     assert (await client.post(ROUTE, json={"prompt": prompt})).status_code == 200
     assert engine.calls[0][1] == {"prompt": prompt}
 
@@ -103,13 +102,13 @@ async def test_prompts_have_four_forms(client: httpx.AsyncClient, engine: TextEn
     ],
 )
 async def test_bad_requests_get_a_sentence(
-    client: httpx.AsyncClient, engine: TextEngine, fields: dict[str, Any], param: str, words: str
+    client: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], param: str, words: str
 ) -> None:
     assert_refused(await client.post(ROUTE, json=fields), param, words)
     assert not engine.calls
 
 
-async def test_refusals_of_the_engine_are_passed_on(client: httpx.AsyncClient, engine: TextEngine) -> None:
+async def test_refusals_of_the_engine_are_passed_on(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.refusal = (400, {"error": {"message": "out of vocabulary", "type": "x", "param": None, "code": 400}})
     for stream in (True, False):
         assert_refused(await client.post(ROUTE, json={"prompt": [9], "stream": stream}), None, "vocabulary")
@@ -119,7 +118,7 @@ async def test_refusals_of_the_engine_are_passed_on(client: httpx.AsyncClient, e
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_goes_away_frees_the_engine(
-    client: httpx.AsyncClient, engine: TextEngine, stream: bool
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
 ) -> None:
     engine.hold_before_answer = True
     task = asyncio.ensure_future(client.post(ROUTE, json={"prompt": "a", "stream": stream}))
@@ -128,7 +127,7 @@ async def test_a_client_that_goes_away_frees_the_engine(
     await asyncio.wait_for(engine.closed.wait(), timeout=2)
 
 
-async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engine: TextEngine) -> None:
+async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     answer = (await client.post("/tokenize", json={"prompt": "one two", "return_token_strs": True})).json()
     assert answer == {"count": 2, "max_model_len": 99, "tokens": [0, 1], "token_strs": ["one", "two"]}
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
@@ -157,13 +156,13 @@ async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engi
     ],
 )
 async def test_bad_token_requests_get_a_sentence(
-    client: httpx.AsyncClient, engine: TextEngine, path: str, fields: dict[str, Any], param: str, words: str
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str, words: str
 ) -> None:
     assert_refused(await client.post(path, json=fields), param, words)
     assert not engine.calls
 
 
-async def test_bodies_have_a_limit(engine: TextEngine) -> None:
+async def test_bodies_have_a_limit(engine: FakeEngine) -> None:
     app = make_app(Settings(max_body_bytes=1000), engine)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
         for path in (ROUTE, "/tokenize", "/detokenize"):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fake_engine import WORDS, FakeEngine
+from gateway_process import HERE as SUPPORT
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -208,7 +209,7 @@ async def test_refusals_and_failures_are_not_tried_twice() -> None:
     async with running(pool):
         for status, kind in ((400, RelayedError), (422, RelayedError), (500, EngineFailedError)):
             for engine in engines:
-                engine.bodies.clear()
+                engine.calls.clear()
                 engine.refusal = (status, {"error": {"message": "no"}})
             with pytest.raises(kind):
                 await pool.complete(chat())
@@ -367,7 +368,7 @@ async def test_unwatched_pool_looks_for_every_request(engine: FakeEngine) -> Non
 @contextmanager
 def process(folder: Path, mode: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     path = folder / f"{mode}.sock"
-    script = Path(__file__).with_name("fake_engine.py")
+    script = SUPPORT / "engine_process.py"
     with subprocess.Popen([sys.executable, str(script), mode, "--uds", str(path)], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         grandchild = int(child.stdout.readline().split()[1])

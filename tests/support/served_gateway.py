@@ -50,7 +50,7 @@ def serve(engine_seconds: float = 0.0, **settings: object) -> Iterator[ServedGat
     foreign = {name: value for name, value in os.environ.items() if not name.startswith("VISIONDROP_")}
     environment = {
         **foreign,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'server'}",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}",
         **{f"VISIONDROP_{name.upper()}": str(value) for name, value in settings.items()},
     }
     # Not pytest's folder: a socket's path may have 107 bytes.

@@ -8,9 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import GEOMETRY, MODEL, WORDS
-from pictures import picture
-from response_engine import ResponseEngine
+from fake_engine import GEOMETRY, MODEL, WORDS, FakeEngine
+from images import picture
 
 from vd_plugin.schedule import resolve
 
@@ -20,8 +19,8 @@ ROUTE = "/v1/responses"
 
 
 @pytest.fixture
-def engine() -> ResponseEngine:
-    return ResponseEngine()
+def engine() -> FakeEngine:
+    return FakeEngine()
 
 
 def ask(*urls: str, **fields: Any) -> dict[str, Any]:
@@ -42,7 +41,7 @@ async def events_of(client: httpx.AsyncClient, body: dict[str, Any]) -> list[tup
 
 
 async def test_nothing_is_stored_and_values_are_left_as_they_came(
-    client: httpx.AsyncClient, engine: ResponseEngine
+    client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     text = {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}}}
     fields = {"input": "Hi", "model": MODEL, "temperature": 1, "metadata": {"a": "b"}, "text": text}
@@ -60,7 +59,7 @@ async def test_nothing_is_stored_and_values_are_left_as_they_came(
 
 
 async def test_budgets_reach_the_engine_and_their_savings_the_client(
-    client: httpx.AsyncClient, engine: ResponseEngine
+    client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     body = ask(picture(800, 600), visual_token_budget="low")
     body["input"] += [{"role": "assistant", "content": [{"type": "output_text", "text": "A."}]}]
@@ -101,7 +100,7 @@ async def test_a_stream_has_named_events_and_ends_with_usage(client: httpx.Async
     ],
 )
 async def test_a_failure_on_the_way_is_the_last_event(
-    client: httpx.AsyncClient, engine: ResponseEngine, fault: dict[str, Any], status: int
+    client: httpx.AsyncClient, engine: FakeEngine, fault: dict[str, Any], status: int
 ) -> None:
     vars(engine).update(fault)
     events = await events_of(client, ask(picture()))
@@ -152,7 +151,7 @@ async def test_a_failure_on_the_way_is_the_last_event(
     ],
 )
 async def test_bad_requests_get_a_sentence(
-    client: httpx.AsyncClient, engine: ResponseEngine, body: dict[str, Any], param: str, words: str
+    client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], param: str, words: str
 ) -> None:
     response = await client.post(ROUTE, json=body)
     assert response.status_code == 400, response.text
@@ -162,7 +161,7 @@ async def test_bad_requests_get_a_sentence(
     assert not engine.calls
 
 
-async def test_a_client_that_goes_away_frees_the_engine(client: httpx.AsyncClient, engine: ResponseEngine) -> None:
+async def test_a_client_that_goes_away_frees_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.hold_before_answer = True
     task = asyncio.ensure_future(client.post(ROUTE, json=ask(picture())))
     await asyncio.wait_for(engine.asked.wait(), timeout=5)

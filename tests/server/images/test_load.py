@@ -15,11 +15,11 @@ import pytest
 from asgi_transport import AsgiTransport
 from bad_images import SIZE, ImageCase, image_cases
 from bad_urls import BAD_URLS, BadUrl
-from fake_engine import FakeEngine, pictures_of
+from fake_engine import FakeEngine, images_of
 from gateway import make_app
+from images import ask, data_url, decode, encode, picture
 from metric_text import metric, metrics_of, until_metric
 from origin import Origin, redirect, reply
-from pictures import ask, data_url, decode, encode, picture
 from PIL import Image
 
 from server.images.check import CheckedImage, check_image
@@ -56,7 +56,7 @@ async def test_named_pictures_are_fetched_and_sent_along_in_order(engine: FakeEn
         base = f"http://127.0.0.1:{origin.port}"
         response = await client.post(CHAT, json=ask(f"{base}/first", picture(30, 30), f"{base}/last"))
         assert response.status_code == 200, response.text
-        assert [item.size for item in pictures_of(engine.bodies[0])] == [(40, 20), (30, 30), (20, 40)]
+        assert [item.size for item in images_of(engine.bodies[0])] == [(40, 20), (30, 30), (20, 40)]
         assert "127.0.0.1" not in str(engine.bodies[0]), "the engine gets no URL that it could fetch"
         text = await metrics_of(client)
         assert metric(text, "visiondrop_image_fetch_seconds_count") == 2

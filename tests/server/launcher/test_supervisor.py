@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import Gateway, Start, gateways, is_alive, wait_for
-from pictures import ask, picture
+from images import ask, picture
 
 from server.launcher.folder import EngineFolder
 from server.launcher.supervisor import Backoff

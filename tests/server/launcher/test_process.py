@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import Start, gateways, is_alive, wait_for
-from pictures import ask, picture
+from images import ask, picture
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import GEOMETRY, TEXT_TOKENS, WORDS, FakeEngine
+from images import ask, picture
 from metric_text import metric, metrics_of
-from pictures import ask, picture
 
 from vd_plugin.schedule import FULL, PRESETS, prefill_flops, resolve
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import HERE, ROOT, Start, gateways, wait_for
-from pictures import ask, picture
+from images import ask, picture
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def engines(tmp_path: Path) -> Iterator[dict[str, str]]:
             folder = tmp_path / mode
             folder.mkdir()
             urls[mode] = f"unix:{folder}/engine.sock"
-            command = [sys.executable, str(HERE / "fake_engine.py"), mode, "--uds", f"{folder}/engine.sock"]
+            command = [sys.executable, str(HERE / "engine_process.py"), mode, "--uds", f"{folder}/engine.sock"]
             guarded = [sys.executable, str(ROOT / "server" / "launcher" / "guard.py"), "1", *command]
             process = stack.enter_context(
                 subprocess.Popen(

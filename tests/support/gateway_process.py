@@ -20,7 +20,7 @@ ROOT = HERE.parents[1]
 class Gateway:
     """A gateway process. `settings` are VISIONDROP_* variables, without the prefix.
 
-    `mode` is one of fake_engine.py's, or "gateway" for a gateway without an engine of its own.
+    `mode` is one of engine_process.py's, or "gateway" for a gateway without an engine of its own.
     """
 
     def __init__(self, folder: Path, mode: str, *options: str, **settings: object) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 from asgi_transport import AsgiTransport
-from fake_engine import GEOMETRY, MODEL, TEXT_TOKENS, WORDS, FakeEngine, pictures_of, sse_data
+from fake_engine import GEOMETRY, MODEL, TEXT_TOKENS, WORDS, FakeEngine, images_of, sse_data
 from gateway import make_app
+from images import ask, data_url, encode, picture
 from metric_text import metric, metrics_of
-from pictures import ask, data_url, encode, picture
 from PIL import Image
 
 from server.engine.client import HttpEngineClient
@@ -68,7 +68,7 @@ async def test_budget_reaches_the_engine_and_its_savings_the_client(
     assert response.headers["x-visual-tokens-saved"] == str(plan.saved)
 
 
-async def test_pictures_of_all_turns_are_planned_in_order_of_appearance(
+async def test_images_of_all_turns_are_planned_in_order_of_appearance(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     sizes = [(336, 336), (1008, 336), (40, 30)]
@@ -78,7 +78,7 @@ async def test_pictures_of_all_turns_are_planned_in_order_of_appearance(
     usage = (await client.post(CHAT, json={**body, "visual_token_budget": 1500})).json()["usage"]
 
     plans = [resolve(GEOMETRY, height, width, 1500) for width, height in sizes]
-    assert [item.size for item in pictures_of(engine.bodies[0])] == sizes
+    assert [item.size for item in images_of(engine.bodies[0])] == sizes
     budgets = [FULL if plan.is_full else 1500 for plan in plans]
     assert len(set(budgets)) == 2, "the case should mix pruned and full pictures"
     assert engine.bodies[0]["mm_processor_kwargs"]["visual_token_budget"] == budgets

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from gateway import make_app
+from images import ask
 from metric_text import metric
-from pictures import ask
 
 from server.context import context_of
 from server.http.connection import ConnectionLimits

@@ -16,8 +16,8 @@ import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, FakeEngine
 from gateway import make_app
+from images import ask, picture
 from metric_text import metric, metrics_of, until_metric
-from pictures import ask, picture
 from wire import Wire
 
 from server.admission.drain import Drain

@@ -9,7 +9,7 @@ import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, FakeEngine
 from gateway import make_app
-from pictures import ask, picture
+from images import ask, picture
 
 from server.settings import Settings
 from vd_plugin.schedule import FULL, Budget, resolve
@@ -31,7 +31,7 @@ def ask_each(*wishes: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return body
 
 
-async def test_pictures_of_one_request_have_budgets_of_their_own(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_images_of_one_request_have_budgets_of_their_own(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     body = ask_each({"visual_token_budget": 100}, {"detail": "low"}, {"detail": "original"}, {}, {"detail": "auto"})
     response = await client.post(CHAT, json={**body, "visual_token_budget": "medium"})
 

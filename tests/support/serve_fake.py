@@ -1,4 +1,4 @@
-"""`visiondrop serve` with fake_engine.py as its engine: `python serve_fake.py MODE [OPTIONS]`."""
+"""`visiondrop serve` with engine_process.py as its engine: `python serve_fake.py MODE [OPTIONS]`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from server import cli
 from server.launcher import serve
 from server.launcher.supervisor import Backoff
 
-FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
+ENGINE = Path(__file__).with_name("engine_process.py")
 
 if __name__ == "__main__":
     mode, *options = sys.argv[1:]
-    cli.engine_command = lambda model, engine_options: [sys.executable, str(FAKE_ENGINE), model, *engine_options]
+    cli.engine_command = lambda model, engine_options: [sys.executable, str(ENGINE), model, *engine_options]
     serve.BACKOFF = Backoff(first_seconds=0.1, longest_seconds=0.4, reset_seconds=60.0)
     sys.exit(cli.main(["serve", mode, "--port", "0", *options]))

@@ -17,7 +17,7 @@ import pytest
 from bad_images import SIZE, ImageCase, bomb, image_cases, jpeg_of_scans, photo
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pictures import data_url, decode, decode_as_engine, encode, png, png_chunk
+from images import data_url, decode, decode_as_engine, encode, png, png_chunk
 from PIL import Image, ImageChops, ImageCms, ImageOps
 
 from server.errors import GatewayError, InvalidRequestError, PayloadTooLargeError

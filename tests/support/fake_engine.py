@@ -2,8 +2,6 @@
 
 It counts as the real one does: it decodes the pictures that it is sent and resolves the budgets of
 `mm_processor_kwargs` with the project's arithmetic, so that a gateway that plans with other sizes is found out.
-
-As a script it is the child process of the supervisor's tests: `python fake_engine.py MODE --uds PATH`.
 """
 
 from __future__ import annotations
@@ -11,12 +9,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -36,6 +30,9 @@ GEOMETRY = Geometry(
     decoder=DecoderShape(32, 4096, 11008, 32, 32, 128),
 )
 
+CANARY = {"prompt": [1], "max_tokens": 1, "temperature": 0}
+"""What the gateway's monitor sends."""
+
 _METRICS = """# HELP vllm:generation_tokens_total Number of generation tokens processed.
 # TYPE vllm:generation_tokens_total counter
 vllm:generation_tokens_total{{engine="0",model_name="fake-llava"}} {tokens}.0
@@ -50,10 +47,13 @@ http_requests_total{{handler="/v1/completions",method="POST",status="2xx"}} 7.0
 
 
 class FakeEngine:
-    """Set its fields to make it misbehave; read `bodies` and `closed` to see what reached it."""
+    """Set its fields to make it misbehave; read `calls` and `closed` to see what reached it.
+
+    `calls` are the paths and bodies of all that asked it for work, canaries excepted.
+    """
 
     def __init__(self) -> None:
-        self.bodies: list[dict[str, Any]] = []
+        self.calls: list[tuple[str, dict[str, Any]]] = []
         self.num_canaries = 0
         self.canary_refusal: tuple[int, Any] | None = None
         self.num_steps = 0
@@ -75,6 +75,10 @@ class FakeEngine:
         self.reports_details = True
         self.decodes = True
         self.geometry: dict[str, Any] | None = {"geometry": GEOMETRY.to_dict(), "plugin_version": "0.1.0"}
+
+    @property
+    def bodies(self) -> list[dict[str, Any]]:
+        return [body for _, body in self.calls]
 
     @property
     def is_stalled(self) -> bool:
@@ -106,26 +110,28 @@ class FakeEngine:
         elif path == "/metrics":
             self.num_steps += self.steps_while_stalled
             await reply.text(200, _METRICS.format(steps=self.num_steps, tokens=4 * self.num_steps))
-        elif path == "/tokenize":
-            await _read(receive)
-            tokens = list(range(TEXT_TOKENS))
-            await reply.json(200, {"count": len(tokens), "max_model_len": 4096, "tokens": tokens})
-        elif path == "/v1/completions":
-            await self._complete(json.loads(await _read(receive)), receive, reply)
         else:
-            assert path == "/v1/chat/completions"
-            self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
-            self.request_ids.append(self.headers[-1]["x-request-id"])
-            await self._chat(json.loads(await _read(receive)), receive, reply)
+            work = {
+                "/v1/chat/completions": self._chat,
+                "/v1/completions": self._complete,
+                "/v1/responses": self._respond,
+                "/tokenize": self._tokenize,
+                "/detokenize": self._detokenize,
+            }[path]
+            body = json.loads(await _read(receive))
+            if body != CANARY:
+                self.calls.append((path, body))
+                self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
+                self.request_ids.append(self.headers[-1]["x-request-id"])
+                self.asked.set()
+                if self.hold_before_answer:
+                    await self._hold(receive)
+                if self.refusal is not None:
+                    await reply.json(*self.refusal)
+                    return
+            await work(body, receive, reply)
 
     async def _chat(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
-        self.bodies.append(body)
-        self.asked.set()
-        if self.hold_before_answer:
-            await self._hold(receive)
-        if self.refusal is not None:
-            await reply.json(*self.refusal)
-            return
         if not body.get("stream"):
             await self._step(receive)
         usage = self._usage(body)
@@ -157,17 +163,69 @@ class FakeEngine:
         await reply.end()
 
     async def _complete(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
-        if body["prompt"] == [1] and body["max_tokens"] == 1:
+        if body == CANARY:
             self.num_canaries += 1
             if self.canary_refusal is not None:
                 await reply.json(*self.canary_refusal)
                 return
-        else:
-            self.bodies.append(body)
-        await self._step(receive)
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        choice = {"index": 0, "finish_reason": "length", "text": WORDS[0]}
-        await reply.json(200, {**_head("text_completion"), "choices": [choice], "usage": usage})
+        if not body.get("stream"):
+            await self._step(receive)
+        details = {"cached_tokens": 0, "created_cache_tokens": None, "multimodal_tokens": None}
+        usage = {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6, "prompt_tokens_details": details}
+        head = _head("text_completion")
+        if not body.get("stream"):
+            choices = [
+                {"index": place, "text": "a b", "finish_reason": "stop"} for place in range(int(body.get("n", 1)))
+            ]
+            await reply.json(200, {**head, "choices": choices, "usage": usage})
+            return
+        await reply.start(200, "text/event-stream")
+        for word in ("a ", "b"):
+            await reply.event({**head, "choices": [{"index": 0, "text": word, "finish_reason": None}]})
+            if self.hold:
+                await self._hold(receive)
+        await reply.event({**head, "choices": [], "usage": usage})
+        await reply.event("[DONE]")
+        await reply.end()
+
+    async def _respond(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
+        parts = [{"type": "output_text", "text": "".join(WORDS), "annotations": []}]
+        whole = {
+            "id": "resp_1",
+            "object": "response",
+            "created_at": 1,
+            "model": MODEL,
+            "status": "completed",
+            "output": [{"type": "message", "id": "msg_1", "role": "assistant", "content": parts}],
+            "usage": self._response_usage(body),
+        }
+        if not body.get("stream"):
+            await reply.json(200, whole)
+            return
+        await reply.start(200, "text/event-stream")
+        events = [{"type": "response.created", "response": {**whole, "usage": None}}]
+        events += [{"type": "response.output_text.delta", "delta": word} for word in WORDS]
+        events += [{"type": "response.completed", "response": whole}]
+        for number, event in enumerate(events):
+            if self.break_after == number:
+                raise ConnectionResetError("the fake engine breaks off")
+            if self.error_after is not None and self.error_after[0] == number:
+                await reply.event({"error": self.error_after[1]})
+                break
+            if self.end_after == number:
+                break
+            await reply.event({**event, "sequence_number": number}, str(event["type"]))
+        await reply.end()
+
+    async def _tokenize(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
+        """A word is a token."""
+        words = str(body["prompt"] if "prompt" in body else body["messages"]).split()
+        strs = words if body.get("return_token_strs") else None
+        answer = {"count": len(words), "max_model_len": 99, "tokens": list(range(len(words))), "token_strs": strs}
+        await reply.json(200, answer)
+
+    async def _detokenize(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
+        await reply.json(200, {"prompt": "word " * len(body["tokens"])})
 
     async def _step(self, receive: Any) -> None:
         """One step of the model; it does not end while the engine is stalled, unless the gateway goes away."""
@@ -187,21 +245,22 @@ class FakeEngine:
     def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self.decodes:
             return {"prompt_tokens": TEXT_TOKENS, "completion_tokens": len(WORDS), "total_tokens": 0}
-        pictures = list(pictures_of(body))
-        budgets = body.get("mm_processor_kwargs", {}).get("visual_token_budget", [])
-        assert len(budgets) == len(pictures)
-        tokens = self.extra_image_tokens + sum(
-            resolve(GEOMETRY, picture.height, picture.width, budget).num_placeholders
-            for picture, budget in zip(pictures, budgets, strict=True)
-        )
+        images = images_of(body)
+        tokens = self.extra_image_tokens + _image_tokens(body, images)
         prompt = TEXT_TOKENS + tokens
-        details = {"cached_tokens": 3, "multimodal_tokens": {"image": tokens} if pictures else None}
+        details = {"cached_tokens": 3, "multimodal_tokens": {"image": tokens} if images else None}
         return {
             "prompt_tokens": prompt,
             "completion_tokens": len(WORDS),
             "total_tokens": prompt + len(WORDS),
             **({"prompt_tokens_details": details} if self.reports_details else {}),
         }
+
+    def _response_usage(self, body: dict[str, Any]) -> dict[str, Any]:
+        """As vLLM counts here: images are in the sum, without a figure of their own."""
+        tokens = TEXT_TOKENS + _image_tokens(body, images_of(body))
+        details = {"cached_tokens": 2, "cache_write_tokens": 0}
+        return {"input_tokens": tokens, "input_tokens_details": details, "output_tokens": 3, "total_tokens": tokens + 3}
 
     async def _hold(self, receive: Any) -> None:
         """Wait as a busy model would, and notice when nobody waits any more."""
@@ -210,13 +269,27 @@ class FakeEngine:
         raise ConnectionResetError("the gateway went away")
 
 
-def pictures_of(body: dict[str, Any]) -> list[Image.Image]:
-    """The pictures of a request as vLLM would decode them."""
+def images_of(body: dict[str, Any]) -> list[Image.Image]:
+    """The images of a chat or responses request as vLLM would decode them."""
+    turns = body["messages"] if "messages" in body else body["input"]
     parts = [
-        part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]
+        part
+        for turn in turns
+        if isinstance(turn, dict) and isinstance(turn["content"], list)
+        for part in turn["content"]
     ]
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    urls += [part["image_url"] for part in parts if part["type"] == "input_image"]
     return [Image.open(BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+
+
+def _image_tokens(body: dict[str, Any], images: list[Image.Image]) -> int:
+    budgets = body.get("mm_processor_kwargs", {}).get("visual_token_budget", [])
+    assert len(budgets) == len(images)
+    return sum(
+        resolve(GEOMETRY, image.height, image.width, budget).num_placeholders
+        for image, budget in zip(images, budgets, strict=True)
+    )
 
 
 class _Reply:
@@ -236,9 +309,10 @@ class _Reply:
         await self.start(status, "text/plain; version=0.0.4; charset=utf-8")
         await self._send({"type": "http.response.body", "body": value.encode(), "more_body": False})
 
-    async def event(self, value: Any) -> None:
+    async def event(self, value: Any, name: str | None = None) -> None:
         data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        await self._send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+        text = f"data: {data}\n\n" if name is None else f"event: {name}\ndata: {data}\n\n"
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -266,58 +340,3 @@ async def sse_data(chunks: AsyncIterator[bytes]) -> list[str]:
     """The data of all events of a stream."""
     text = b"".join([chunk async for chunk in chunks]).decode()
     return [event.removeprefix("data: ") for event in text.split("\n\n") if event]
-
-
-def main(mode: str, uds: str) -> None:
-    """The modes: how the engine of a test behaves as a process."""
-    if mode == "sentence":
-        print("visiondrop: error: there is no model 'nowhere'", file=sys.stderr)
-        sys.exit(2)
-    if mode == "traceback":
-        print("Traceback (most recent call last):\n  File ...\nValueError: heads do not divide\n", file=sys.stderr)
-        print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
-        sys.exit(1)
-    if mode == "stubborn":
-        import signal
-
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    marker = Path(uds).with_name("started")  # in the folder that all runs of an engine share
-    is_first = not marker.exists()
-    marker.touch()
-    if mode == "dies_again" and not is_first:
-        print("ValueError: no second life", file=sys.stderr)
-        sys.exit(1)
-    # As vLLM's API server has its EngineCore: a process that does not notice when its parent is killed.
-    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    print(f"GRANDCHILD {grandchild.pid}", flush=True)
-    if mode in ("loading", "stubborn"):
-        print("INFO 01-01 00:00:00 [gpu_model_runner.py:1] Starting to load model x...", flush=True)
-        time.sleep(600)
-
-    import uvicorn
-
-    engine = FakeEngine()
-    if mode == "other_rule":
-        assert engine.geometry is not None
-        engine.geometry["geometry"]["rule_version"] = RULE_VERSION + 1
-    if mode == "slow" or (mode == "first_slow" and is_first):
-        engine.hold = True
-    uvicorn.run(_paced(engine) if mode == "paced" else engine, uds=uds, log_level="warning")
-
-
-def _paced(engine: FakeEngine) -> Callable[..., Awaitable[None]]:
-    """The same answers, each part of a chat completion 0.3 s after the one before."""
-
-    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        async def send_late(message: dict[str, Any]) -> None:
-            if scope.get("path") == "/v1/chat/completions" and message["type"] == "http.response.body":
-                await asyncio.sleep(0.3)
-            await send(message)
-
-        await engine(scope, receive, send_late)
-
-    return app
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[sys.argv.index("--uds") + 1])

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from pictures import ask, picture
+from images import ask, picture
 
 from server.errors import InvalidRequestError
 from server.schemas.chat import ChatRequest

@@ -9,7 +9,7 @@ import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
 from gateway import make_app
-from pictures import ask, picture
+from images import ask, picture
 
 from server.settings import Settings
 from server.telemetry.tracing import HandOn, OtlpTracing, make_tracing

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from pictures import data_url, encode, png, png_chunk
+from images import data_url, encode, png, png_chunk
 from PIL import Image
 
 SIZE = (48, 36)

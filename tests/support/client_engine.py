@@ -37,8 +37,9 @@ class ClientEngine(FakeEngine):
             self._seen["abandoned"] += 1
         finally:
             # It runs for thousands of requests.
-            self.bodies.clear()
+            self.calls.clear()
             self.request_ids.clear()
+            self.headers.clear()
 
     async def _chat(self, body: dict[str, Any], receive: Any, reply: Any) -> None:
         self._seen["requests"] += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import Gateway, Start, gateways, is_alive, wait_for
-from pictures import ask
+from images import ask
 
 from server.admission.drain import Drain
 from server.errors import OverloadedError

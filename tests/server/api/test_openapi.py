@@ -13,11 +13,11 @@ import jsonschema
 import pytest
 import schemathesis
 import uvicorn
+from fake_engine import FakeEngine
 from fastapi.routing import APIRoute
 from gateway import make_app
 from hypothesis import HealthCheck, Phase, given, settings
-from pictures import ask, picture
-from response_engine import ResponseEngine
+from images import ask, picture
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import Failure
@@ -57,7 +57,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return make_app(Settings(), ResponseEngine())
+    return make_app(Settings(), FakeEngine())
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_every_route_is_in_the_document_and_every_entry_is_a_route(app: Any, doc
 
 
 def test_a_route_without_an_entry_is_an_error() -> None:
-    app = make_app(Settings(), ResponseEngine())
+    app = make_app(Settings(), FakeEngine())
 
     @app.get("/v1/surprise")
     async def surprise() -> None: ...
@@ -181,7 +181,7 @@ def test_the_document_and_the_server_agree_on_budgets_in_the_header(
 
 
 def test_every_header_of_an_answer_is_in_the_document(document: dict[str, Any]) -> None:
-    with TestClient(make_app(Settings(requests_per_minute=1), ResponseEngine())) as client:
+    with TestClient(make_app(Settings(requests_per_minute=1), FakeEngine())) as client:
         answers = [client.post("/v1/chat/completions", json=ask(picture())) for _ in range(2)]
     for answer, status in zip(answers, (200, 429), strict=True):
         assert answer.status_code == status
