@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, FakeEngine
-from gateway import make_app
+from gateway import gateway, make_app
 from images import ask, picture
 
 from server.settings import Settings
@@ -140,3 +141,38 @@ async def test_count_refuses_what_chat_would(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/visual_tokens/count", json=ask("data:image/png;base64,aGVsbG8="))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == f"{PART}.url"
+
+
+KEYS = """
+[keys.shop]
+secret = "shop-secret"
+max_budget = "low"
+images_per_minute = 3
+
+[keys.lab]
+secret = "lab-secret"
+requests_per_minute = 2
+"""
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.toml"
+    path.write_text(KEYS)
+    path.chmod(0o600)
+    return path
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+async def test_keys_ceiling_lowers_budgets(engine: FakeEngine, keys: Path) -> None:
+    async with gateway(engine, api_keys_file=keys) as client:
+        body = ask(picture(800, 600), visual_token_budget="full")
+        response = await client.post(CHAT, json=body, headers=bearer("shop-secret"))
+        assert response.headers["x-visual-token-budget"] == "160"
+        response = await client.post(CHAT, json=body, headers=bearer("lab-secret"))
+        assert response.headers["x-visual-token-budget"] == "full"
+        (card,) = (await client.get("/v1/models", headers=bearer("shop-secret"))).json()["data"]
+        assert card["visual_token_budget"]["maximum"] == 160

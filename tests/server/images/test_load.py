@@ -6,42 +6,25 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
 
 import httpx
 import pytest
-from asgi_transport import AsgiTransport
 from bad_images import SIZE, ImageCase, image_cases
 from bad_urls import BAD_URLS, BadUrl
 from fake_engine import FakeEngine, images_of
-from gateway import make_app
+from gateway import gateway
 from images import ask, data_url, decode, encode, picture
 from metric_text import metric, metrics_of, until_metric
 from origin import Origin, redirect, reply
 from PIL import Image
 
 from server.images.check import CheckedImage, check_image
-from server.images.fetch import ImageFetcher
 from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
 CHAT = "/v1/chat/completions"
 URL = "messages[0].content[0].image_url.url"
-
-
-@asynccontextmanager
-async def gateway(
-    engine: FakeEngine, *, fetches_locally: bool = False, **values: Any
-) -> AsyncIterator[httpx.AsyncClient]:
-    """With `fetches_locally`, addresses of this machine count as public, and `http:` is fetched."""
-    settings = Settings(**values, fetch_http=fetches_locally)
-    fetcher = ImageFetcher(settings, is_allowed=lambda _: True) if fetches_locally else None
-    app = make_app(settings, engine, fetcher=fetcher)
-    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway", timeout=10) as client:
-        yield client
 
 
 def photo(width: int, height: int, color: str) -> bytes:

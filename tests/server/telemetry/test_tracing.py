@@ -59,3 +59,12 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(ValueError, match=r"visiondrop\[tracing\]"):
         make_tracing(Settings(tracing=True))
+
+
+async def test_trace_context_reaches_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    await client.post(CHAT, json=ask(), headers={"traceparent": parent, "tracestate": "a=1"})
+    assert engine.headers[-1]["traceparent"] == parent
+    assert engine.headers[-1]["tracestate"] == "a=1"
+    await client.post(CHAT, json=ask(), headers={"traceparent": "nonsense", "tracestate": "a=1"})
+    assert "traceparent" not in engine.headers[-1]
