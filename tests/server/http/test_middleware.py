@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
+from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine, sse_data
-from gateway import assert_error, gateway
+from gateway import assert_error, gateway, make_app
 from images import ask, picture
 from metric_text import metric, metrics_of
+
+from server.engine.client import HttpEngineClient
+from server.images.fetch import ImageFetcher
+from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -93,32 +99,49 @@ async def test_request_ids_are_made_where_none_is_usable(client: httpx.AsyncClie
     assert first != second != sent
 
 
-async def test_defects_become_500_and_are_logged(
-    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object) -> None:
+class BrokenFetcher(ImageFetcher):
+    async def fetch(self, *_: object) -> bytes:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr("server.schemas.chat.ChatRequest.engine_body", fail)
-    response = await client.post(CHAT, json=ask(picture()))
+
+async def test_defects_become_500_and_are_logged(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    app = make_app(Settings(), engine, fetcher=BrokenFetcher(Settings()))
+    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
+        response = await client.post(CHAT, json=ask("https://example.org/a.png"))
     assert_error(response, 500, None)
     assert "secret" not in response.text
     assert "a secret" in caplog.text
 
 
-async def test_defect_in_mid_stream_ends_it_with_an_error_event(
-    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object) -> None:
-        raise KeyError("a defect")
+class DefectiveStream(AsgiTransport):
+    """The first event comes through; then what reads it fails as no network does."""
 
-    monkeypatch.setattr("server.telemetry.record.RequestRecord.mark_token", fail)
-    async with client.stream("POST", CHAT, json=ask(stream=True)) as response:
-        events = await sse_data(response.aiter_bytes())
-    assert json.loads(events[-1])["error"]["code"] == "internal_error"
-    assert "a defect" in caplog.text
-    assert "a defect" not in events[-1]
-    text = await metrics_of(client)
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await super().handle_async_request(request)
+        if request.url.path != CHAT:
+            return response
+
+        async def first() -> AsyncIterator[bytes]:
+            try:
+                yield await anext(response.aiter_raw())
+                raise KeyError("a defect")
+            finally:
+                await response.aclose()
+
+        return httpx.Response(200, headers=response.headers, content=first())
+
+
+async def test_defect_in_mid_stream_ends_it_with_an_error_event(
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(Settings(), HttpEngineClient(DefectiveStream(engine)))
+    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
+        async with client.stream("POST", CHAT, json=ask(stream=True)) as response:
+            events = await sse_data(response.aiter_bytes())
+        assert json.loads(events[-1])["error"]["code"] == "internal_error"
+        assert "a defect" in caplog.text
+        assert "a defect" not in events[-1]
+        text = await metrics_of(client)
     assert metric(text, f'visiondrop_requests_total{{budget_class="none",code="500",route="{CHAT}"}}') == 1
 
 
