@@ -1,8 +1,8 @@
 """A request for an answer of the model, from arrival to last byte: one pipeline for all generating routes.
 
-1. read the body, within the limits                     (intake.py, schemas)
+1. read the body, within the limits                     (intake.py, schemas/)
 2. choose the budget of every image                     (plan.py, budget.py)
-3. fetch and check every image                          (images)
+3. fetch and check every image                          (images/)
 4. resolve the budgets                                  (budget.py)
 5. wait for a place                                     (engine/dispatch.py, admission/queue.py)
 6. send it to an engine                                 (engine/pool.py, engine/client.py)

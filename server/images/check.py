@@ -4,10 +4,10 @@ The engine decodes trustingly (a 48 KB PNG of 400 megapixels is an HTTP 500 ther
 silently loses all frames but one), so everything is decided here:
 
 1. decode the base64 text, as strictly as the engine             (data_url.py)
-2. turn away traps, by the file's structure                      (image_structure.py)
+2. turn away traps, by the file's structure                      (structure.py)
 3. read the header: size, kind, colours, orientation, frames     (Pillow)
 4. a plain picture (8-bit grey or RGB, upright, one frame) in a whole file goes on byte for byte, not decoded at all
-5. any other is decoded; what is not plain then is normalised    (image_pixels.py) and sent as a bitmap or PNG
+5. any other is decoded; what is not plain then is normalised    (pixels.py) and sent as a bitmap or PNG
 
 Damage inside the compressed pixels of a plain picture, with nothing missing and all checksums right, is found by the
 engine only; it answers 400. Colour profiles are ignored, as the engine ignores them.

@@ -1,7 +1,7 @@
 """Pictures that a request names by URL, fetched from the public internet and nowhere else.
 
-1. read the URL                                           (image_url.py)
-2. resolve its host once, and check every address         (public_address.py)
+1. read the URL                                           (url.py)
+2. resolve its host once, and check every address         (addresses.py)
 3. connect to a checked address: no second resolution that could answer otherwise
 4. follow redirects by hand, each from step 1
 5. read the picture, up to its limit

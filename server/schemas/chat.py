@@ -1,6 +1,6 @@
 """A chat completion request: OpenAI's fields, vLLM's, and ours.
 
-Every field is honoured or refused (engine_fields.py); the values go to the engine as they came.
+Every field is honoured or refused (refusals.py); the values go to the engine as they came.
 """
 
 from __future__ import annotations

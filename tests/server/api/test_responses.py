@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import GEOMETRY, MODEL, WORDS, FakeEngine
+from gateway import assert_error, gateway
 from images import picture
 
 from vd_plugin.schedule import resolve
@@ -167,3 +168,10 @@ async def test_a_client_that_goes_away_frees_the_engine(client: httpx.AsyncClien
     await asyncio.wait_for(engine.asked.wait(), timeout=5)
     task.cancel()
     await asyncio.wait_for(engine.closed.wait(), timeout=2)
+
+
+async def test_too_many_images_for_any_minute_name_the_input(engine: FakeEngine) -> None:
+    async with gateway(engine, images_per_minute=1) as client:
+        response = await client.post(ROUTE, json=ask(picture(), picture()))
+    assert_error(response, 400, "input", "never pass")
+    assert not engine.calls
