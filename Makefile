@@ -31,10 +31,11 @@ test: setup ## Run the tests (ARGS="-m 'not engine' -k schedule" and the like; W
 clients: setup ## Install the clients that tests/clients runs (needs Node.js 20 or newer)
 	@PYTHON=$(bin)/python tests/clients/install.sh
 
-check: setup ## Check formatting, lint and types
+check: setup ## Check formatting, lint, types and the order of imports
 	@$(bin)/ruff format --check .
 	@$(bin)/ruff check .
 	@$(bin)/mypy
+	@$(bin)/lint-imports --no-cache
 
 fix: setup ## Format, and mend what the linter can mend
 	@$(bin)/ruff format .

@@ -11,34 +11,43 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server import openapi, routes
-from server.access import AccessMiddleware
-from server.admission import Admission
-from server.api_keys import ApiKeys
-from server.chat import ChatHandler
-from server.dispatch import Dispatcher
-from server.drain import Drain
-from server.engine_pool import EnginePool
-from server.error_response import error_response
-from server.errors import GatewayError, from_http_status
-from server.image_fetch import ImageFetcher
-from server.intake import Intake
-from server.metrics import Metrics
-from server.models import model_routes
-from server.operations import metric_routes, probe_routes
-from server.passthrough import CompletionHandler, TokenizeHandler
-from server.pictures import PictureLoader
-from server.planner import Planner
-from server.rate_limits import RateLimits
-from server.recording import RecordingMiddleware, record_of
-from server.responses import ResponsesHandler
+from server.admission.drain import Drain
+from server.admission.keys import ApiKeys
+from server.admission.queue import Admission
+from server.admission.rates import RateLimits
+from server.api import openapi
+from server.api.count import count_routes
+from server.api.generate import generating_routes
+from server.api.intake import Intake
+from server.api.models import model_routes
+from server.api.operations import metric_routes, probe_routes
+from server.api.plan import Planner
+from server.api.tokens import token_routes
+from server.context import context_of
+from server.engine.dispatch import Dispatcher
+from server.engine.pool import EnginePool
+from server.errors import GatewayError, error_response, from_http_status
+from server.http.middleware import AccessMiddleware, RecordingMiddleware
+from server.images.fetch import ImageFetcher
+from server.images.load import ImageLoader
 from server.settings import Settings
-from server.tracing import make_tracing
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing, make_tracing
 from server.version import package_version
 
 
-def create_app(settings: Settings, engines: EnginePool, drain: Drain | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    engines: EnginePool,
+    drain: Drain | None = None,
+    *,
+    fetcher: ImageFetcher | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """The app that serves the engines of a pool to clients. It closes the pool when it shuts down.
+
+    Args:
+        fetcher, tracing: made from the settings if they are not given.
 
     Raises:
         ValueError: the file of API keys cannot be used, or packages for tracing are missing.
@@ -47,14 +56,10 @@ def create_app(settings: Settings, engines: EnginePool, drain: Drain | None = No
     keys, rates = ApiKeys.from_settings(settings), RateLimits(settings)
     admission = Admission(settings, lambda: engines.capacity)
     engines.on_capacity_change = admission.update
-    fetcher = ImageFetcher(settings)
+    fetcher = fetcher or ImageFetcher(settings)
     intake, dispatcher = Intake(settings, drain, rates), Dispatcher(engines, admission)
-    planner = Planner(settings, engines, PictureLoader(settings, fetcher), rates)
-    chat = ChatHandler(intake, planner, dispatcher)
-    responses = ResponsesHandler(intake, planner, dispatcher)
-    completions = CompletionHandler(intake, dispatcher)
-    tokens = TokenizeHandler(intake, engines)
-    metrics, tracing = Metrics(), make_tracing(settings)
+    planner = Planner(settings, engines, ImageLoader(settings, fetcher), rates)
+    metrics, tracing = Metrics(), tracing or make_tracing(settings)
     metrics.watch_queue(lambda: admission.queue_depth)
     for name in engines.names:
         metrics.watch_engine(name, partial(engines.is_up, name))
@@ -79,12 +84,9 @@ def create_app(settings: Settings, engines: EnginePool, drain: Drain | None = No
         redirect_slashes=False,
         openapi_url=None,  # requests are read by hand, so the generated document would be wrong
     )
-    app.post(routes.CHAT)(chat.complete)
-    app.post(routes.COUNT)(chat.count)
-    app.post(routes.COMPLETIONS)(completions.complete)
-    app.post(routes.RESPONSES)(responses.respond)
-    app.post(routes.TOKENIZE)(tokens.tokenize)
-    app.post(routes.DETOKENIZE)(tokens.detokenize)
+    app.include_router(generating_routes(intake, planner, dispatcher))
+    app.include_router(count_routes(intake, planner))
+    app.include_router(token_routes(intake, engines))
     openapi.add_route(app)
     app.include_router(model_routes(settings, engines))
     app.include_router(probe_routes(engines, drain))
@@ -113,8 +115,7 @@ def metrics_app_of(app: FastAPI) -> FastAPI:
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(GatewayError)
     async def handle_error(request: Request, error: GatewayError) -> Response:
-        if "visiondrop.record" in request.scope:
-            record_of(request).mark_failure(error)
+        context_of(request.scope).record.mark_failure(error)
         return error_response(error)
 
     @app.exception_handler(HTTPException)

@@ -1,27 +1,37 @@
-"""What a request asks for -> the schedule of each of its pictures. Policy, pure; the arithmetic is in schedule.py.
+"""What a request asks for -> the schedule of each of its images. Policy, pure; the arithmetic is in schedule.py.
 
 Where a budget can stand, the first that is given wins:
 
-1. `image_url.visual_token_budget`, for one picture
+1. `image_url.visual_token_budget`, for one image
 2. `image_url.detail`, in OpenAI's words
 3. the body's `visual_token_budget`
 4. the header X-Visual-Token-Budget
 5. the server's default
 
-The ceilings of key and server may lower what was chosen. What was applied is told in the usage and in a header.
+The maxima of key and server cap what was chosen. The usage and a header report what was applied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Annotated, Any, Final, TypeAlias
 
+from pydantic import PlainValidator, WithJsonSchema
 from starlette.datastructures import Headers
 
 from server.errors import InvalidRequestError
-from server.images import CheckedImage
-from vd_plugin.schedule import FULL, PRESETS, Budget, BudgetError, Geometry, Schedule, parse_budget, resolve
+from vd_plugin.schedule import (
+    FULL,
+    MIN_BUDGET,
+    PRESETS,
+    Budget,
+    BudgetError,
+    Geometry,
+    Schedule,
+    parse_budget,
+    resolve,
+)
 
 PARAM: Final = "visual_token_budget"
 HEADER: Final = "X-Visual-Token-Budget"
@@ -36,22 +46,39 @@ DETAILS: Final[Mapping[str, Budget | None]] = {
 """OpenAI's `detail` as a budget; None leaves the choice to the next rule."""
 
 CLASSES: Final = ("none", *PRESETS, FULL)
-"""Labels of budgets in metrics, from no picture to the whole picture."""
+"""Labels of budgets in metrics, from no image to the unpruned image."""
+
+BUDGET_SCHEMA: Final[dict[str, Any]] = {
+    "title": "Visual token budget",
+    "description": f"Visual tokens that a decoder layer holds on average for an image: an integer of at least "
+    f"{MIN_BUDGET}, a preset ({', '.join(f'{name} = {rows}' for name, rows in PRESETS.items())}), "
+    f"or {FULL} (no pruning).",
+    "anyOf": [{"type": "integer", "minimum": MIN_BUDGET}, {"type": "string", "enum": [*PRESETS, FULL]}],
+}
+
+BudgetField: TypeAlias = Annotated[Budget, PlainValidator(parse_budget), WithJsonSchema(BUDGET_SCHEMA)]
+"""A budget as a field of a request."""
 
 
-class PictureWish(Protocol):
-    """What a request says of one picture's cost."""
+@dataclass(frozen=True, slots=True)
+class RequestedImage:
+    """An image as a request names it.
 
-    @property
-    def visual_token_budget(self) -> Budget | None: ...
+    Args:
+        path: of the object that holds the image's own budget and detail, as error objects name it.
+        url_path: of its URL.
+    """
 
-    @property
-    def detail(self) -> str | None: ...
+    path: str
+    url_path: str
+    url: str
+    budget: Budget | None = None
+    detail: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The budget of one picture, before its size is known, and the field that it comes from (None: the default)."""
+    """The budget of one image, before its size is known, and the field that it comes from (None: the default)."""
 
     budget: Budget
     param: str | None
@@ -78,11 +105,11 @@ def header_budget(headers: Headers) -> Budget | None:
     return parse_header(", ".join(values) if values else None)
 
 
-def refuse_without_pictures(body: Budget | None, header: Budget | None) -> None:
-    """For a request without pictures.
+def refuse_without_images(body: Budget | None, header: Budget | None) -> None:
+    """For a request without images.
 
     Raises:
-        InvalidRequestError: a budget was given, and there is no picture that it could be for.
+        InvalidRequestError: a budget was given, and there is no image that it could be for.
     """
     for param, budget in ((PARAM, body), (HEADER, header)):
         if budget is not None:
@@ -94,66 +121,65 @@ def refuse_without_pictures(body: Budget | None, header: Budget | None) -> None:
 
 
 def choose_budgets(
-    pictures: Sequence[tuple[str, PictureWish]],
+    images: Sequence[RequestedImage],
     body: Budget | None,
     header: Budget | None,
     default: Budget,
-    ceiling: Budget,
+    maximum: Budget,
 ) -> tuple[Choice, ...]:
-    """The budget of every picture.
+    """The budget of every image.
 
     Args:
-        pictures: what each asks for, with the path of its `image_url` in the request.
-        ceiling: larger budgets are lowered to it.
+        body: what the body sets for all images.
+        header: what the header sets for all images.
+        maximum: larger budgets are capped to it.
 
     Raises:
-        InvalidRequestError: a budget was given, and there is no picture that it could be for.
+        InvalidRequestError: a budget was given, and there is no image that it could be for.
     """
-    if not pictures:
-        refuse_without_pictures(body, header)
+    if not images:
+        refuse_without_images(body, header)
     shared = Choice(default, None)
     if header is not None:
         shared = Choice(header, HEADER)
     if body is not None:
         shared = Choice(body, PARAM)
-    chosen = (_own_choice(path, wish) or shared for path, wish in pictures)
-    return tuple(Choice(lower(choice.budget, ceiling), choice.param) for choice in chosen)
+    chosen = (_own_choice(image) or shared for image in images)
+    return tuple(Choice(cap(choice.budget, maximum), choice.param) for choice in chosen)
 
 
-def _own_choice(path: str, wish: PictureWish) -> Choice | None:
-    if wish.visual_token_budget is not None:
-        return Choice(wish.visual_token_budget, f"{path}.{PARAM}")
-    budget = None if wish.detail is None else DETAILS[wish.detail]
-    return None if budget is None else Choice(budget, f"{path}.detail")
+def _own_choice(image: RequestedImage) -> Choice | None:
+    if image.budget is not None:
+        return Choice(image.budget, f"{image.path}.{PARAM}")
+    budget = None if image.detail is None else DETAILS[image.detail]
+    return None if budget is None else Choice(budget, f"{image.path}.detail")
 
 
-def lower(budget: Budget, ceiling: Budget) -> Budget:
+def cap(budget: Budget, maximum: Budget) -> Budget:
     """The smaller of two budgets."""
     if budget == FULL:
-        return ceiling
-    return budget if ceiling == FULL else min(budget, ceiling)
+        return maximum
+    return budget if maximum == FULL else min(budget, maximum)
 
 
-def plan_images(geometry: Geometry, images: Sequence[CheckedImage], choices: Sequence[Choice]) -> tuple[Schedule, ...]:
-    """The schedule of every picture.
+def plan_images(
+    geometry: Geometry, sizes: Sequence[tuple[int, int]], choices: Sequence[Choice]
+) -> tuple[Schedule, ...]:
+    """The schedule of every image.
+
+    Args:
+        sizes: height and width of each, in pixels.
 
     Raises:
-        InvalidRequestError: a budget is too small for its picture.
+        InvalidRequestError: a budget is too small for its image.
     """
     schedules = []
-    for image, choice in zip(images, choices, strict=True):
+    for (height, width), choice in zip(sizes, choices, strict=True):
         try:
-            schedules.append(resolve(geometry, image.height, image.width, choice.budget))
+            schedules.append(resolve(geometry, height, width, choice.budget))
         except BudgetError as error:
             raise InvalidRequestError(str(error), param=choice.param, code="invalid_budget") from None
     return tuple(schedules)
-
-
-def effective_budget(schedule: Schedule) -> Budget:
-    """The budget after resolving: one that reaches the picture's stock count is "full"."""
-    if schedule.is_full or schedule.budget is None:
-        return FULL
-    return schedule.budget
 
 
 def budget_class(budget: Budget) -> str:
@@ -164,6 +190,6 @@ def budget_class(budget: Budget) -> str:
 
 
 def request_class(schedules: Iterable[Schedule]) -> str:
-    """The label of a whole request: the largest among its pictures, "none" without any."""
-    classes = (budget_class(effective_budget(schedule)) for schedule in schedules)
+    """The label of a whole request: the largest among its images, "none" without any."""
+    classes = (budget_class(schedule.effective_budget) for schedule in schedules)
     return max(classes, key=CLASSES.index, default="none")

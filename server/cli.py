@@ -13,12 +13,13 @@ from typing import Any, Final, NoReturn
 
 from pydantic import ValidationError
 
-from server.api_keys import ApiKeys
-from server.listener import Address, StartError
-from server.recording import REQUEST_LOG
-from server.serve import run_gateway, run_serve
+from server.admission.keys import ApiKeys
+from server.errors import first_complaint
+from server.http.listener import Address, StartError
+from server.http.middleware import REQUEST_LOG
+from server.launcher.serve import run_gateway, run_serve
 from server.settings import Settings
-from server.tracing import make_tracing
+from server.telemetry.tracing import make_tracing
 from server.version import package_version
 from vd_plugin.schedule import PRESETS
 
@@ -220,9 +221,8 @@ def _read_settings(options: argparse.Namespace) -> Settings:
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(step) for step in first["loc"])
-        reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+        location, _, reason = first_complaint(error)
+        name = ".".join(str(step) for step in location)
         raise SettingsError(f"setting {name} (VISIONDROP_{name.upper()}): {reason}" if name else reason) from None
     try:
         # Now, and not after the minutes that an engine may take to load.

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final
 import httpx
 from PIL import Image, ImageDraw
 
-from server.serve import say
+from server.launcher.serve import say
 from vd_plugin.schedule import FULL, PRESETS
 
 if TYPE_CHECKING:

@@ -24,13 +24,17 @@ The wire shape is OpenAI's: `{"error": {"message", "type", "param", "code"}}`; `
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
+from starlette.responses import JSONResponse
 
 LONGEST_RETRY_AFTER_SECONDS: Final = 120
+_RETRY_AFTER_SECONDS: Final = 5.0
+"""Where nothing better is known: load balancers have noticed by then, and another gateway or engine has taken over."""
 _LONGEST_MESSAGE: Final = 1000
 _LONGEST_PARAM: Final = 200
 
@@ -118,14 +122,20 @@ class _TryLaterError(GatewayError):
         retry_after_seconds: when to try again; rounded up to whole seconds, 1 to 120, on the wire.
     """
 
-    def __init__(self, message: str, *, reason: str, retry_after_seconds: float, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str,
+        retry_after_seconds: float = _RETRY_AFTER_SECONDS,
+        code: str | None = None,
+    ) -> None:
         super().__init__(message, code=code or reason)
         self.reason = reason
         self.retry_after_seconds = retry_after_seconds
 
     def headers(self) -> dict[str, str]:
-        seconds = min(max(math.ceil(self.retry_after_seconds), 1), LONGEST_RETRY_AFTER_SECONDS)
-        return {"Retry-After": str(seconds)}
+        return _retry_after(self.retry_after_seconds)
 
 
 class RateLimitError(_TryLaterError): ...
@@ -156,7 +166,7 @@ class _NoEngineError(GatewayError):
         super().__init__(message, param=param, code=code or self.own_code)
 
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": "5"}
+        return _retry_after(_RETRY_AFTER_SECONDS)
 
 
 class EngineMismatchError(_NoEngineError):
@@ -212,13 +222,50 @@ _TABLE: Final[Mapping[type[GatewayError], _Row]] = {
 }
 
 
-def from_validation(error: ValidationError) -> InvalidRequestError:
-    """The first complaint of pydantic as one sentence that names the field."""
+class Complaint(NamedTuple):
+    """What pydantic says of one value.
+
+    Args:
+        location: the steps to the value; tags of unions are in angle brackets.
+        kind: pydantic's word for the complaint.
+        reason: one sentence. For a `value_error` it is that of our own validator, and complete.
+    """
+
+    location: tuple[int | str, ...]
+    kind: str
+    reason: str
+
+    @property
+    def path(self) -> str | None:
+        """("messages", 0, "content", "<parts>", 1) -> `messages[0].content[1]`"""
+        path = ""
+        for step in self.location:
+            if isinstance(step, int):
+                path += f"[{step}]"
+            elif not step.startswith("<"):
+                path += f".{step}" if path else step
+        return path or None
+
+
+def first_complaint(error: ValidationError) -> Complaint:
     first = error.errors(include_url=False, include_input=False)[0]
-    param = _field_path(first["loc"])
     reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    message = reason if first["type"] == "value_error" else f"{param or 'the request body'}: {reason}"
-    return InvalidRequestError(message, param=param)
+    return Complaint(first["loc"], first["type"], reason)
+
+
+def error_response(error: GatewayError) -> JSONResponse:
+    """The error on the wire: OpenAI's error object with its status and headers."""
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+def error_json(error: GatewayError) -> bytes:
+    """OpenAI's error object alone."""
+    return json.dumps(error.body(), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def error_event(error: GatewayError) -> bytes:
+    """OpenAI's error object as the last event of a stream."""
+    return b"data: " + error_json(error) + b"\n\n"
 
 
 def from_http_status(status: int, detail: str, method: str, path: str) -> GatewayError:
@@ -230,16 +277,9 @@ def from_http_status(status: int, detail: str, method: str, path: str) -> Gatewa
     return InvalidRequestError(detail) if status < 500 else InternalError(detail)
 
 
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(min(max(math.ceil(seconds), 1), LONGEST_RETRY_AFTER_SECONDS))}
+
+
 def _shortened(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
-
-
-def _field_path(location: Sequence[int | str]) -> str | None:
-    """("messages", 0, "content", "<parts>", 1) -> `messages[0].content[1]`; without union tags (in angle brackets)."""
-    path = ""
-    for step in location:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif not step.startswith("<"):
-            path += f".{step}" if path else step
-    return path or None

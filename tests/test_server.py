@@ -242,7 +242,7 @@ def wait_for(is_so: Callable[[], bool], seconds: float) -> float:
     return time.monotonic() - began
 
 
-def test_pictures_of_one_request_choose_for_themselves_as_announced(server: Server, geometry: Geometry) -> None:
+def test_images_of_one_request_choose_for_themselves_as_announced(server: Server, geometry: Geometry) -> None:
     wishes = [{"detail": "low"}, {"visual_token_budget": 100}, {"detail": "original"}, {}]
     content: list[Any] = [
         {"type": "image_url", "image_url": {"url": data_url(draw(500, 400, seed)), **wish}}

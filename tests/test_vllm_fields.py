@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from server.completion_request import CompletionRequest
-from server.engine_fields import ENGINE_FIELDS, IDLE_FIELDS
-from server.generation_fields import RepetitionDetection, StructuredOutputs
-from server.request_body import RequestBody
-from server.responses_request import UNSERVED_FIELDS, ResponsesRequest
-from server.schemas import ChatRequest
-from server.tokenize_request import DetokenizeRequest, TokenizeRequest
+from server.schemas.chat import ChatRequest
+from server.schemas.completions import CompletionRequest
+from server.schemas.generation import RepetitionDetection, StructuredOutputs
+from server.schemas.parse import RequestBody
+from server.schemas.refusals import ENGINE_FIELDS, IDLE_FIELDS
+from server.schemas.responses import UNSERVED_FIELDS, ResponsesRequest
+from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

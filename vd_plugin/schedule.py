@@ -235,6 +235,11 @@ class Schedule:
         return self.encoder is None and not any(self.decoder)
 
     @property
+    def effective_budget(self) -> Budget:
+        """The budget after resolving: one that reaches the image's stock count is "full"."""
+        return FULL if self.is_full or self.budget is None else self.budget
+
+    @property
     def kept(self) -> int:
         """Visual tokens a decoder layer holds on average, rounded up."""
         total = sum(rows * layers for rows, layers in zip(self.rows, self.layers_per_stage, strict=True))

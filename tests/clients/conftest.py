@@ -14,8 +14,6 @@ import pytest
 
 HERE = Path(__file__).parent
 
-sys.path.append(str(HERE.parent / "server"))  # pictures.py and the fake engine
-
 
 def _install(part: str) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}

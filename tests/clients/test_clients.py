@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from client_engine import TOOL_ARGUMENTS
 from fake_engine import GEOMETRY, MODEL, WORDS
-from pictures import picture
+from images import picture
 from served_gateway import serve
 
 from vd_plugin.schedule import PRESETS, resolve

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from pictures import ask, picture
+from images import ask, picture
 from served_gateway import MIB, ServedGateway, serve, wait_for
 
 CONNECTIONS = 64

@@ -10,7 +10,7 @@ from itertools import cycle, islice
 from urllib.parse import urlsplit
 
 import pytest
-from pictures import ask, picture
+from images import ask, picture
 from served_gateway import MIB, ServedGateway, serve, wait_for
 
 pytestmark = pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,25 +11,19 @@ from fake_engine import GEOMETRY
 from server.budget import (
     CLASSES,
     Choice,
+    RequestedImage,
     budget_class,
+    cap,
     choose_budgets,
-    effective_budget,
-    lower,
     parse_header,
     plan_images,
     request_class,
 )
 from server.errors import InvalidRequestError
-from server.images import CheckedImage
 from vd_plugin.schedule import FULL, Budget, resolve
 
-
-def _image(height: int, width: int) -> CheckedImage:
-    return CheckedImage(height, width, "", num_bytes=0, passed_through=True)
-
-
-BIG = _image(672, 672)
-SMALL = _image(30, 40)
+BIG = (672, 672)
+SMALL = (30, 40)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +57,8 @@ def test_class_of_a_request_is_the_largest_of_its_pictures() -> None:
 def test_budget_that_reaches_the_stock_count_is_full() -> None:
     full = GEOMETRY.full_tokens(672, 672)
     just_below, reached = (resolve(GEOMETRY, 672, 672, budget) for budget in (full - 1, full))
-    assert effective_budget(just_below) == full - 1
-    assert effective_budget(reached) == "full"
+    assert just_below.effective_budget == full - 1
+    assert reached.effective_budget == "full"
 
 
 def test_each_picture_gets_its_own_schedule() -> None:
@@ -73,7 +67,7 @@ def test_each_picture_gets_its_own_schedule() -> None:
 
 
 def test_height_and_width_are_not_swapped() -> None:
-    tall, wide = plan_images(GEOMETRY, [_image(1000, 300), _image(300, 1000)], [Choice("full", None)] * 2)
+    tall, wide = plan_images(GEOMETRY, [(1000, 300), (300, 1000)], [Choice("full", None)] * 2)
     assert tall.full == GEOMETRY.full_tokens(1000, 300) != GEOMETRY.full_tokens(300, 1000) == wide.full
 
 
@@ -84,29 +78,29 @@ def test_budget_below_one_token_a_tile_names_the_field() -> None:
     assert error.value.param == "messages[0].content[1].image_url.detail"
 
 
-@dataclass(frozen=True)
-class Wish:
-    visual_token_budget: Budget | None = None
-    detail: str | None = None
+def image(budget: Budget | None = None, detail: str | None = None) -> RequestedImage:
+    return RequestedImage("", "", "", budget, detail)
 
 
-def choose(*wishes: Wish, body: Budget | None = None, header: Budget | None = None, ceiling: Budget = FULL) -> Any:
-    pictures = [(f"p{number}", wish) for number, wish in enumerate(wishes)]
-    return [(choice.budget, choice.param) for choice in choose_budgets(pictures, body, header, 640, ceiling)]
+def choose(
+    *images: RequestedImage, body: Budget | None = None, header: Budget | None = None, maximum: Budget = FULL
+) -> Any:
+    numbered = [replace(image, path=f"p{number}") for number, image in enumerate(images)]
+    return [(choice.budget, choice.param) for choice in choose_budgets(numbered, body, header, 640, maximum)]
 
 
 def test_the_first_place_that_names_a_budget_wins() -> None:
-    every = Wish(100, "low")
+    every = image(100, "low")
     assert choose(every, body=200, header=300) == [(100, "p0.visual_token_budget")]
-    assert choose(Wish(detail="low"), body=200, header=300) == [(160, "p0.detail")]
-    assert choose(Wish(detail="auto"), body=200, header=300) == [(200, "visual_token_budget")]
-    assert choose(Wish(), header=300) == [(300, "X-Visual-Token-Budget")]
-    assert choose(Wish()) == [(640, None)]
+    assert choose(image(detail="low"), body=200, header=300) == [(160, "p0.detail")]
+    assert choose(image(detail="auto"), body=200, header=300) == [(200, "visual_token_budget")]
+    assert choose(image(), header=300) == [(300, "X-Visual-Token-Budget")]
+    assert choose(image()) == [(640, None)]
 
 
 def test_details_are_openais_words_for_budgets() -> None:
     details = ["low", "high", "original", "full", "auto"]
-    assert [budget for budget, _ in choose(*[Wish(detail=word) for word in details], body=99)] == [
+    assert [budget for budget, _ in choose(*[image(detail=word) for word in details], body=99)] == [
         160,
         640,
         FULL,
@@ -115,18 +109,18 @@ def test_details_are_openais_words_for_budgets() -> None:
     ]
 
 
-def test_pictures_of_one_request_choose_for_themselves() -> None:
-    assert choose(Wish(32), Wish(detail="full"), Wish(), body=50) == [
+def test_images_of_one_request_choose_for_themselves() -> None:
+    assert choose(image(32), image(detail="full"), image(), body=50) == [
         (32, "p0.visual_token_budget"),
         (FULL, "p1.detail"),
         (50, "visual_token_budget"),
     ]
 
 
-def test_ceiling_lowers_what_is_above_it_and_nothing_else() -> None:
-    wishes = [Wish(32), Wish(320), Wish(321), Wish(detail="full"), Wish()]
-    assert [budget for budget, _ in choose(*wishes, ceiling=320)] == [32, 320, 320, 320, 320]
-    assert [lower(*pair) for pair in [(FULL, FULL), (FULL, 40), (40, FULL), (40, 50), (50, 40)]] == [
+def test_the_maximum_caps_what_is_above_it_and_nothing_else() -> None:
+    images = [image(32), image(320), image(321), image(detail="full"), image()]
+    assert [budget for budget, _ in choose(*images, maximum=320)] == [32, 320, 320, 320, 320]
+    assert [cap(*pair) for pair in [(FULL, FULL), (FULL, 40), (40, FULL), (40, 50), (50, 40)]] == [
         FULL,
         40,
         40,

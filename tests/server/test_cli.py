@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from server import cli
-from server.listener import Address
-from server.recording import REQUEST_LOG
+from server.http.listener import Address
+from server.http.middleware import REQUEST_LOG
 from server.settings import Settings
 
 
@@ -182,9 +182,9 @@ def test_odd_pictures_write_nothing_and_are_not_remembered(tmp_path: Path) -> No
     script.write_text(
         "import struct, PIL.Image\n"
         "from contextlib import suppress\n"
-        "from pictures import png\n"
+        "from images import png\n"
         "from server import cli\n"
-        "from server.images import check_image_bytes\n"
+        "from server.images.check import check_image_bytes\n"
         "from server.settings import Settings\n"
         "cli._configure_logging()\n"
         "for width in range(9000, 9100):\n"
@@ -192,7 +192,7 @@ def test_odd_pictures_write_nothing_and_are_not_remembered(tmp_path: Path) -> No
         "        check_image_bytes(png(width, 10_000, 8, 2, b''), Settings(), 'here')\n"
         "print([key for key in vars(PIL.Image).get('__warningregistry__', ()) if key != 'version'])\n"
     )
-    path = os.pathsep.join((str(Path(__file__).parent), str(Path(cli.__file__).parents[1])))
+    path = os.pathsep.join((str(Path(__file__).parents[1] / "support"), str(Path(cli.__file__).parents[1])))
     done = subprocess.run(
         [sys.executable, str(script)],
         env={**os.environ, "PYTHONPATH": path},

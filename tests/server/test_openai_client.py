@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from fake_engine import GEOMETRY, MODEL, WORDS, FakeEngine
 from gateway import make_app
-from pictures import ask, picture
+from images import ask, picture
 
 from server.settings import Settings
 from vd_plugin.schedule import resolve

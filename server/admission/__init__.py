@@ -1,0 +1,1 @@
+"""Who may come in, and when: keys, rates, the queue, memory, the drain."""

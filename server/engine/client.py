@@ -1,0 +1,266 @@
+"""The only I/O to the engine: vLLM's OpenAI server with our plugin, over TCP or a unix socket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import httpx
+
+from server.errors import (
+    EngineFailedError,
+    EngineMismatchError,
+    EngineUnreachableError,
+    GatewayError,
+    OverloadedError,
+    RelayedError,
+    UnknownModelError,
+)
+from vd_plugin.schedule import RULE_VERSION, Geometry
+
+_PROBE_SECONDS: Final = 3.0
+_ANSWER_TIMEOUT: Final = httpx.Timeout(None, connect=5.0)
+"""An answer may take as long as it takes; only a connection must come about soon."""
+
+_LONGEST_MESSAGE: Final = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    """One request to an engine.
+
+    `cost` (tokens) and `pictures` (something hashable for each) are what an engine is chosen by; they are not sent.
+    """
+
+    path: str
+    body: bytes
+    request_id: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    cost: int = 0
+    pictures: tuple[Hashable, ...] = ()
+
+
+class EventSource(Protocol):
+    """The events of one streamed answer. Closing it, at any time, makes the engine abort the request."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """The data of each event, `[DONE]` included.
+
+        Raises:
+            EngineFailedError: the engine broke off.
+        """
+
+    async def aclose(self) -> None: ...
+
+
+class HttpEngineClient:
+    """An engine behind HTTP.
+
+    Args:
+        transport: how its bytes travel; tests pass their own.
+        base_url: "http://host:port"; any host will do on a unix socket.
+    """
+
+    def __init__(self, transport: httpx.AsyncBaseTransport, base_url: str = "http://engine") -> None:
+        self._http = httpx.AsyncClient(transport=transport, base_url=base_url, timeout=_ANSWER_TIMEOUT, trust_env=False)
+        self._geometry: Geometry | None = None
+
+    @classmethod
+    def at(cls, url: str) -> HttpEngineClient:
+        """The engine at "http://host:port", "https://..." or "unix:/path/to/socket".
+
+        Raises:
+            ValueError: any other URL.
+        """
+        # No connection is kept for another request: uvicorn closes idle ones after a while, and a request that is
+        # sent at that moment would fail. A new one costs well under a millisecond here.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        if url.startswith("unix:/"):
+            return cls(httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:"), limits=limits, trust_env=False))
+        if url.startswith(("http://", "https://")):
+            return cls(httpx.AsyncHTTPTransport(limits=limits, trust_env=False), url.rstrip("/"))
+        raise ValueError(f"an engine's URL is http://HOST:PORT or unix:/PATH; got {url!r}")
+
+    async def geometry(self) -> Geometry:
+        """The model's sizes, asked for once and again after the engine was away.
+
+        Raises:
+            EngineMismatchError: no VisionDrop in the engine, or one whose rule differs from ours.
+        """
+        if self._geometry is None:
+            response = await self._get("/visiondrop/geometry")
+            if response.status_code == 404:
+                raise EngineMismatchError("the engine runs without the VisionDrop plugin")
+            data = _json_object(response)
+            found = data.get("geometry")
+            found = found if isinstance(found, dict) else {}
+            version = found.get("rule_version")
+            if version != RULE_VERSION:
+                raise EngineMismatchError(
+                    f"the engine (VisionDrop {data.get('plugin_version')}) has version {version} of the budget rule, "
+                    f"this gateway version {RULE_VERSION}: install the same release of visiondrop on both"
+                )
+            try:
+                self._geometry = Geometry.from_dict(found)
+            except (KeyError, TypeError, ValueError) as error:
+                raise EngineMismatchError(f"the engine's geometry cannot be read: {error}") from None
+        return self._geometry
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The entries of the engine's own GET /v1/models."""
+        entries = _json_object(await self._get("/v1/models")).get("data")
+        if not isinstance(entries, list):
+            raise EngineFailedError("the engine's list of models cannot be read")
+        return entries
+
+    async def is_healthy(self) -> bool:
+        return await self.probe_health() is True
+
+    async def probe_health(self) -> bool | None:
+        """What the engine says of itself; None if it accepts the question and gives no usable answer."""
+        try:
+            return (await self._get("/health")).status_code == 200
+        except EngineUnreachableError:
+            return False
+        except GatewayError:
+            return None
+
+    async def complete(self, call: EngineCall) -> dict[str, Any]:
+        """Ask for a whole answer: the engine's response body."""
+        response = await self._post(call)
+        try:
+            await _read(response)
+        finally:
+            await response.aclose()
+        return _json_object(response)
+
+    async def open_stream(self, call: EngineCall) -> EventSource:
+        """Ask for a streamed answer; returns once the engine has accepted the request."""
+        response = await self._post(call)
+        try:
+            if response.status_code != 200:
+                await _read(response)
+                raise _refusal(response)
+        except BaseException:
+            await response.aclose()
+            raise
+        return _HttpEventSource(response)
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def _get(self, path: str) -> httpx.Response:
+        return await self._send(self._http.build_request("GET", path, timeout=_PROBE_SECONDS), stream=False)
+
+    async def metrics(self) -> bytes:
+        """The engine's own metrics, in the text exposition format."""
+        response = await self._get("/metrics")
+        if response.status_code != 200:
+            raise _refusal(response)
+        return response.content
+
+    async def _post(self, call: EngineCall) -> httpx.Response:
+        headers = {**call.headers, "Content-Type": "application/json", "X-Request-Id": call.request_id}
+        request = self._http.build_request("POST", call.path, content=call.body, headers=headers)
+        response = await self._send(request, stream=True)
+        response.request = httpx.Request("POST", request.url)  # lets go of the body, which may be megabytes
+        return response
+
+    async def _send(self, request: httpx.Request, *, stream: bool) -> httpx.Response:
+        try:
+            return await self._http.send(request, stream=stream)
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            self._geometry = None  # what comes back may be another engine
+            raise EngineUnreachableError("the engine cannot be reached; try again later") from None
+        except httpx.HTTPError as error:
+            self._geometry = None
+            raise _broken_off(error) from None
+
+
+class _HttpEventSource:
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        # Not httpx's aiter_lines: it also splits at U+2028 and the like, which stand unescaped in vLLM's JSON.
+        rest = b""
+        try:
+            async for chunk in self._response.aiter_bytes():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data:"):
+                        yield line.removeprefix(b"data:").strip()
+        except httpx.HTTPError as error:
+            raise _broken_off(error) from None
+
+    async def aclose(self) -> None:
+        await self._response.aclose()
+
+
+def _broken_off(error: httpx.HTTPError) -> EngineFailedError:
+    return EngineFailedError(f"the engine broke off ({type(error).__name__})", code="engine_failed")
+
+
+async def _read(response: httpx.Response) -> None:
+    try:
+        await response.aread()
+    except httpx.HTTPError as error:
+        raise _broken_off(error) from None
+
+
+def _json_object(response: httpx.Response) -> dict[str, Any]:
+    if response.status_code != 200:
+        raise _refusal(response)
+    try:
+        data = json.loads(response.content)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise EngineFailedError("the engine's answer cannot be read", code="engine_failed")
+    return data
+
+
+def _refusal(response: httpx.Response) -> GatewayError:
+    """The error for an answer other than 200: the client's fault is passed on, the engine's is not explained."""
+    try:
+        data = json.loads(response.content)
+    except ValueError:
+        data = None
+    wait = response.headers.get("Retry-After", "")
+    # Digits alone: the header's other form is a date, which depends on clocks.
+    seconds = float(wait[:9]) if wait.isascii() and wait.isdecimal() else None
+    return error_from_engine(response.status_code, data, seconds)
+
+
+def error_from_engine(status: int, body: object, retry_after_seconds: float | None = None) -> GatewayError:
+    """Turn the engine's error object (`{"error": {...}}`, or the inner object alone) into ours.
+
+    401 and 403 are between gateway and engine, not the client's fault. 503 is vLLM's word for a full queue.
+    """
+    error = body.get("error", body) if isinstance(body, Mapping) else {}
+    error = error if isinstance(error, Mapping) else {}
+    if status == 503:
+        overload = OverloadedError("the engine is overloaded; try again later", reason="engine_overloaded")
+        if retry_after_seconds is not None:  # vLLM does not say
+            overload.retry_after_seconds = retry_after_seconds
+        return overload
+    if not 400 <= status < 500 or status in (401, 403):
+        return EngineFailedError(f"the engine failed (HTTP status {status})", code="engine_failed")
+    message = _without_traceback(str(error.get("message") or f"the engine refused the request (HTTP status {status})"))
+    if status == 404 and error.get("param") == "model":
+        return UnknownModelError(message, param="model", code="model_not_found")
+    param, code = error.get("param"), error.get("type")
+    return RelayedError(
+        status,
+        message,
+        param=param if isinstance(param, str) else None,
+        code=code if isinstance(code, str) else None,
+    )
+
+
+def _without_traceback(message: str) -> str:
+    if "Traceback (most recent call last)" in message:
+        message = message.strip().splitlines()[-1]
+    return message[:_LONGEST_MESSAGE]

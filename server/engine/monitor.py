@@ -1,0 +1,265 @@
+"""Is an engine up, and does it make progress?
+
+vLLM's /health stays 200 while its core process is stopped or hangs: the API process answers it alone. So progress must
+be seen, by any of these:
+
+(a) an event or a whole answer that the engine gave to a client;
+(b) the answer to a canary, a completion of one token, sent when there was nothing of (a) for a third of the bound;
+(c) vLLM's counters having moved. They are read while the canary is late: on an engine that is busy with long answers it
+    waits behind them, and that is no stall.
+
+Two bounds follow, both counted from the last sign of progress:
+
+* After `engine_stall_seconds` the engine gets no new work.
+* After LOST_FACTOR times that, what waits for it is given up. Nothing moves during one step of the engine, and a step
+  with the prefill of large pictures can take longer than the first bound on a CPU; that must not cost an answer. Where
+  steps are so slow, raise `engine_stall_seconds` to the length of the longest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from server.engine.client import EngineCall, HttpEngineClient
+from server.errors import EngineMismatchError, EngineUnreachableError, GatewayError, RelayedError
+from server.settings import Settings
+from vd_plugin.schedule import Geometry
+
+LOST_FACTOR: Final = 4
+"""Stall bounds without progress after which an engine's answers are given up."""
+
+_LOOK_SECONDS: Final = 3.0
+
+# Token ids need no tokenizer, and 1 is in every vocabulary. Without a model vLLM takes the one it serves.
+_CANARY: Final = json.dumps({"prompt": [1], "max_tokens": 1, "temperature": 0}).encode()
+
+# Set from the core's reports alone (vllm/v1/metrics/loggers.py, PrometheusStatLogger.record). The KV cache's gauge
+# moves with every chunk of a long prefill, the others when tokens come out.
+_COUNTERS: Final = (
+    b"vllm:iteration_tokens_total_count",
+    b"vllm:generation_tokens_total",
+    b"vllm:prompt_tokens_total",
+    b"vllm:kv_cache_usage_perc",
+)
+
+_log = logging.getLogger("visiondrop")
+
+
+class EngineState(Enum):
+    """Only an engine that is UP gets work."""
+
+    STARTING = "starting"  # has not been up yet
+    UP = "up"
+    STALLED = "stalled"  # answers, but its work does not get on
+    DOWN = "down"  # refuses connections, or says itself that it is dead
+    MISMATCH = "mismatch"  # computes budgets differently
+
+
+@dataclass(slots=True)
+class Signs:
+    """What has been seen of an engine. Times are those of a monotonic clock, in seconds."""
+
+    answers: bool = False
+    fits: bool | None = None
+    was_up: bool = False
+    progress_at: float = 0.0
+
+
+def state_of(signs: Signs, now: float, stall_seconds: float) -> EngineState:
+    """The state that follows from the signs; the first reason against an engine counts."""
+    if not signs.answers or signs.fits is None:
+        return EngineState.DOWN if signs.was_up else EngineState.STARTING
+    if not signs.fits:
+        return EngineState.MISMATCH
+    return EngineState.STALLED if now - signs.progress_at >= stall_seconds else EngineState.UP
+
+
+class EngineMonitor:
+    """Watches one engine.
+
+    Args:
+        name: the engine's name in the log.
+        reference: the geometry that the engine must have; None if any will do.
+        on_change: called when the state has changed.
+        on_lost: called at every look at which the engine has made no progress for LOST_FACTOR stall bounds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        client: HttpEngineClient,
+        settings: Settings,
+        *,
+        reference: Callable[[], Geometry | None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.geometry: Geometry | None = None
+        self.mismatch: EngineMismatchError | None = None
+        self._name = name
+        self._client = client
+        self._stall_seconds = settings.engine_stall_seconds
+        self._quiet_seconds = settings.engine_stall_seconds / 3
+        self._interval = min(settings.engine_probe_seconds, self._quiet_seconds)
+        self._reference = reference
+        self._on_change = on_change
+        self._on_lost = on_lost
+        self._signs = Signs()
+        self._told = EngineState.STARTING
+        self._canary: asyncio.Task[None] | None = None
+        self._canary_at = 0.0
+        self._is_canary_refused = False
+        self._counters: frozenset[bytes] = frozenset()
+        self._counters_at = 0.0
+
+    @property
+    def state(self) -> EngineState:
+        """The state at this moment; costs no I/O."""
+        return state_of(self._signs, time.monotonic(), self._stall_seconds)
+
+    def mark_progress(self) -> None:
+        """The engine has just done some work."""
+        self._signs.progress_at = time.monotonic()
+        if self._told is EngineState.STALLED:
+            self._tell()
+
+    def mark_unreachable(self) -> None:
+        """A connection to the engine was refused."""
+        self._signs.answers, self._signs.fits = False, None
+        self._tell()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        slept_at = time.monotonic() - self._interval
+        try:
+            while True:
+                self._forgive(time.monotonic() - slept_at - self._interval)
+                await self.look()
+                await self._seek_progress()
+                self._tell()
+                if time.monotonic() - self._signs.progress_at >= LOST_FACTOR * self._stall_seconds:
+                    self._on_lost()
+                slept_at = time.monotonic()
+                await asyncio.sleep(self._interval)
+        finally:
+            if self._canary is not None:
+                self._canary.cancel()
+                await asyncio.gather(self._canary, return_exceptions=True)
+                self._canary = None
+
+    async def look(self) -> None:
+        """Ask the engine how it is. No usable answer in time is no news: progress decides then."""
+        try:
+            async with asyncio.timeout(min(_LOOK_SECONDS, self._quiet_seconds)):
+                await self._ask()
+        except TimeoutError:
+            pass
+        self._tell()
+
+    async def _ask(self) -> None:
+        answers = await self._client.probe_health()
+        if answers is None:
+            return
+        if not answers:
+            self.mark_unreachable()
+            return
+        self._signs.answers = True
+        try:
+            geometry = await self._client.geometry()  # asked for again only after the engine was away
+            reference = self._reference()
+            if reference is not None and geometry != reference:
+                raise EngineMismatchError("the engine's geometry differs from that of the other engines")
+        except EngineMismatchError as error:
+            self.mismatch, self._signs.fits = error, False
+        except EngineUnreachableError:
+            self.mark_unreachable()
+        except GatewayError:
+            pass
+        else:
+            self.geometry = geometry
+            if not self._signs.fits:
+                # Just started: vLLM opens its door when its core works.
+                self._signs.fits, self._signs.was_up = True, True
+                self._signs.progress_at = time.monotonic()
+
+    async def _seek_progress(self) -> None:
+        """Send a canary, or read the counters if it is late; neither while there are other signs."""
+        if not (self._signs.answers and self._signs.fits):
+            return
+        now = time.monotonic()
+        quiet_seconds = now - self._signs.progress_at
+        since_canary = now - self._canary_at
+        is_pending = self._canary is not None and not self._canary.done()
+        is_unanswered = is_pending or self._canary_at > self._signs.progress_at  # an overloaded engine refuses it
+        if is_unanswered and min(since_canary, quiet_seconds) >= self._interval:
+            await self._read_counters()
+        if not is_pending and min(since_canary, quiet_seconds) >= self._quiet_seconds:
+            if self._canary is not None:
+                self._canary.result()  # raises what only a defect can raise
+            self._canary_at = now
+            self._canary = asyncio.create_task(self._send_canary())
+
+    async def _send_canary(self) -> None:
+        # The id must be its own: several gateways may watch the same engine.
+        call = EngineCall("/v1/completions", _CANARY, f"canary-{uuid.uuid4().hex}")
+        try:
+            async with asyncio.timeout(LOST_FACTOR * self._stall_seconds):
+                await self._client.complete(call)
+        except RelayedError as error:
+            # The API process refuses it by itself: such an engine cannot be watched any closer.
+            if not self._is_canary_refused:
+                self._is_canary_refused = True
+                _log.warning("a stall of engine %s cannot be seen, since it refuses canaries: %s", self._name, error)
+        except EngineUnreachableError:
+            self.mark_unreachable()
+            return
+        except (GatewayError, TimeoutError):
+            return
+        self.mark_progress()
+
+    async def _read_counters(self) -> None:
+        try:
+            async with asyncio.timeout(_LOOK_SECONDS):
+                text = await self._client.metrics()
+        except (GatewayError, TimeoutError):
+            return
+        counters = frozenset(line for line in text.splitlines() if line.startswith(_COUNTERS))
+        # What moved before the last sign of progress would be news of the past.
+        if self._counters_at >= self._signs.progress_at and counters - self._counters:
+            self.mark_progress()
+        self._counters, self._counters_at = counters, time.monotonic()
+
+    def _forgive(self, overslept_seconds: float) -> None:
+        """Time in which the gateway itself stood still must not count against the engine."""
+        if overslept_seconds >= self._quiet_seconds:
+            self._signs.progress_at += overslept_seconds
+
+    def _tell(self) -> None:
+        state, before = self.state, self._told
+        if state is before:
+            return
+        self._told = state
+        is_good_news = before is EngineState.STARTING and state is EngineState.UP
+        _log.log(logging.INFO if is_good_news else logging.WARNING, "engine %s %s", self._name, self._describe(state))
+        self._on_change()
+
+    def _describe(self, state: EngineState) -> str:
+        match state:
+            case EngineState.UP:
+                return "is up"
+            case EngineState.STALLED:
+                return f"is stalled: no sign of progress for {self._stall_seconds:g} s"
+            case EngineState.MISMATCH:
+                return f"does not fit: {self.mismatch}"
+            case EngineState.DOWN:
+                return "is down"
+            case EngineState.STARTING:
+                return "is starting"

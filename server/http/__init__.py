@@ -1,0 +1,1 @@
+"""HTTP: sockets, connections, and what surrounds every request. Knows no route."""

@@ -1,0 +1,1 @@
+"""Images of a request: fetched, checked, normalised."""

@@ -1,0 +1,1 @@
+"""A server and its engine on one machine: started, supervised, stopped."""

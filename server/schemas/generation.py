@@ -1,0 +1,213 @@
+"""What requests for an answer have in common: fields, and what the pipeline (api/generate.py) needs to know of them.
+
+Ranges are those that vLLM 0.32 checks. Where one is narrower it is because vLLM has none, and the number would reach a
+32-bit tensor, overflow, or make one request as heavy as hundreds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictStr, Tag
+
+from server.budget import RequestedImage
+from server.schemas.engine_json import Slots, dump_json
+from server.schemas.image_marker import refuse_markers
+from server.schemas.parse import RequestBody
+from vd_plugin.schedule import Budget, Schedule
+
+INT32_MAX: Final = 2**31 - 1
+MAX_CHOICES: Final = 128
+"""OpenAI's bound of `n`; vLLM's own is 16384."""
+
+_MAX_TOKEN_IDS: Final = 262_144
+"""More than any tokenizer has."""
+_MAX_PATTERN: Final = 1024
+_BYTES_PER_TOKEN: Final = 4
+"""A rule of thumb for English text; the exact count would take the model's tokenizer."""
+
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=INT32_MAX)]
+Count: TypeAlias = Annotated[int, Field(ge=0, le=INT32_MAX)]
+NonEmpty: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
+
+
+def _string_or_list(value: Any) -> str | None:
+    return "<string>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+Stop: TypeAlias = Annotated[
+    Annotated[NonEmpty, Tag("<string>")] | Annotated[list[NonEmpty], Field(max_length=4), Tag("<list>")],
+    Discriminator(
+        _string_or_list, custom_error_type="stop", custom_error_message="must be a string or a list of strings"
+    ),
+]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    include_usage: StrictBool | None = None
+    """Send a last chunk with `usage`."""
+    continuous_usage_stats: StrictBool | None = None
+    """With `include_usage`: send `usage` in every chunk."""
+    include_obfuscation: bool | None = None
+    """Accepted because OpenAI has it; events are never padded."""
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: dict[str, Any] | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's own way to constrain an answer: one of json, regex, choice, grammar, json_object, structural_tag."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: dict[str, Any] | StrictStr | None = Field(None, alias="json")
+    regex: StrictStr | None = None
+    choice: Annotated[list[StrictStr], Field(max_length=1024)] | None = None
+    grammar: StrictStr | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: StrictStr | None = None
+    structural_tag: StrictStr | None = None
+
+
+class RepetitionDetection(BaseModel):
+    """Ends an answer early that repeats itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_pattern_size: Annotated[int, Field(ge=0, le=_MAX_PATTERN)] = 0
+    min_pattern_size: Annotated[int, Field(ge=0, le=_MAX_PATTERN)] = 0
+    min_count: Annotated[int, Field(ge=0, le=_MAX_PATTERN)] = 0
+
+
+class GenerationRequest(RequestBody):
+    """A request for an answer of the model. A route's own class adds its fields and says what is in them."""
+
+    text_fields: ClassVar[tuple[str, ...]]
+    """The fields whose text reaches the prompt; the first is the one that holds the images, if the route has any."""
+
+    model: StrictStr | None = None
+    """As GET /v1/models names it; the served model if it is left out."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]+$")], float], Field(max_length=1024)] | None = None
+    """Token ids and what is added to their logits, -100 to 100."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop | None = None
+    stream: StrictBool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    user: StrictStr | None = None
+    """Accepted because OpenAI has it; changes nothing."""
+
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = None
+    skip_special_tokens: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    watermarking: bool | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the client gets usage at the end of its stream."""
+        return True
+
+    def images(self) -> Sequence[RequestedImage]:
+        """Every image in order of appearance."""
+        return ()
+
+    def shared_budget(self) -> Budget | None:
+        """The budget that the body gives to images without one of their own."""
+        return None
+
+    def text_tokens(self) -> int:
+        """About how many tokens the text of the prompt has; at least 1."""
+        raise NotImplementedError
+
+    def check_schedules(self, schedules: Iterable[Schedule]) -> None:
+        """Raises InvalidRequestError for fields that do not go with pruned images."""
+
+    def engine_body(self, urls: Sequence[str] = (), budgets: Sequence[Budget] = ()) -> bytes:
+        """The engine's request as JSON: the fields as they were sent, but for what the gateway decides.
+
+        Args:
+            urls: data URLs of the checked images, in order of appearance.
+            budgets: what each of them gets.
+
+        Raises:
+            InvalidRequestError: a number in it is infinite.
+        """
+        slots = Slots()
+        payload = {name: value for name, value in self.sent.items() if name != "visual_token_budget"}
+        payload |= self.engine_fields([slots.add(url) for url in urls])
+        if budgets:
+            payload["mm_processor_kwargs"] = {"visual_token_budget": list(budgets)}
+        return slots.fill(dump_json(payload))
+
+    def engine_fields(self, urls: Sequence[str]) -> Mapping[str, Any]:
+        """Fields that the engine gets in place of those that were sent; `urls` as for `engine_body`."""
+        return {}
+
+    def check(self) -> None:
+        if self.images():
+            for name in self.text_fields:
+                refuse_markers(self.sent.get(name), name)
+
+
+class CompletionFields(GenerationRequest):
+    """What a chat and a text completion have in common. OpenAI's fields first, then vLLM's."""
+
+    max_tokens: Count | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    response_format: ResponseFormat | None = None
+    stream_options: StreamOptions | None = None
+
+    add_special_tokens: bool | None = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=_MAX_TOKEN_IDS, fail_fast=True)] | None
+    ) = None
+    bad_words: Annotated[list[NonEmpty], Field(max_length=128)] | None = None
+    echo: bool | None = None
+    # A prompt's length is raised to it: more would overflow.
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    min_tokens: Count | None = None
+    prompt_logprobs: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    repetition_detection: RepetitionDetection | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    stream_interval: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    use_beam_search: bool | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def engine_fields(self, urls: Sequence[str]) -> Mapping[str, Any]:
+        if not self.stream:
+            return {}
+        # Our own figures need the usage chunk; the relay takes it out if the client did not ask for it.
+        continuous = self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+        sent = self.sent.get("stream_options", {})
+        return {"stream_options": {**sent, "include_usage": True, "continuous_usage_stats": continuous}}
+
+
+def estimate_text_tokens(texts: Iterable[str]) -> int:
+    """About how many tokens some texts have, rounded up; at least 1."""
+    num_bytes = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+    return max(-(-num_bytes // _BYTES_PER_TOKEN), 1)

@@ -1,0 +1,217 @@
+"""A request to /v1/responses: stateless, messages only. vLLM keeps what it stores in memory for ever, so nothing is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictStr, Tag
+
+from server.budget import BudgetField, RequestedImage
+from server.errors import InvalidRequestError
+from server.schemas.chat import ImageFields, RefusalPart, content_tag, part_tag
+from server.schemas.generation import INT32_MAX, Count, GenerationRequest, estimate_text_tokens
+from vd_plugin.schedule import Budget
+
+_STATELESS: Final = "this server keeps no responses; send the conversation itself as 'input'"
+_NO_TOOLS: Final = "tools are not served on this route; POST /v1/chat/completions has them"
+
+UNSERVED_FIELDS: Final[Mapping[str, str]] = {
+    "previous_response_id": _STATELESS,
+    "previous_input_messages": _STATELESS,
+    "prompt": "there are no stored prompts; send 'input' and 'instructions'",
+    "max_tool_calls": _NO_TOOLS,
+    "enable_response_messages": "what went into the model is not sent back",
+}
+"""Fields that vLLM has and this route does not, and why."""
+
+
+class InputText(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["input_text"]
+    text: StrictStr
+
+
+class OutputText(BaseModel):
+    """An earlier answer, sent back as history."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["output_text"]
+    text: StrictStr
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+def _no_file(value: object) -> None:
+    if value is not None:
+        raise ValueError("there are no files on this server; send the image itself as 'image_url'")
+
+
+class InputImage(ImageFields):
+    type: Literal["input_image"]
+    image_url: StrictStr
+    """A data URL (data:image/png;base64,...) or, where the server fetches pictures, an https: URL."""
+    file_id: Annotated[None, BeforeValidator(_no_file)] = None
+
+
+def _item_tag(item: Any) -> str | None:
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return "<message>" if kind == "message" else None
+
+
+InputPart: TypeAlias = Annotated[
+    Annotated[InputText, Tag("<input_text>")]
+    | Annotated[OutputText, Tag("<output_text>")]
+    | Annotated[InputImage, Tag("<input_image>")]
+    | Annotated[RefusalPart, Tag("<refusal>")],
+    Discriminator(
+        part_tag("input_text", "output_text", "input_image", "refusal"),
+        custom_error_type="content_part",
+        custom_error_message="a content part must be an object of type 'input_text', 'input_image' or 'output_text'; "
+        "files, audio and video are not served",
+    ),
+]
+
+
+class InputMessage(BaseModel):
+    """One turn. `id`, `status` and `phase` come with earlier answers and change nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Annotated[
+        Annotated[StrictStr, Tag("<string>")] | Annotated[list[InputPart], Field(fail_fast=True), Tag("<parts>")],
+        Discriminator(
+            content_tag,
+            custom_error_type="content",
+            custom_error_message="content must be a string or a list of content parts",
+        ),
+    ]
+    id: StrictStr | None = None
+    status: StrictStr | None = None
+    phase: StrictStr | None = None
+
+
+InputItem: TypeAlias = Annotated[
+    Annotated[InputMessage, Tag("<message>")],
+    Discriminator(
+        _item_tag,
+        custom_error_type="input_item",
+        custom_error_message="only messages can be sent here; POST /v1/chat/completions has tools",
+    ),
+]
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: StrictStr | None = None
+    description: StrictStr | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format: TextFormat | None = None
+
+
+class Reasoning(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class ResponsesRequest(GenerationRequest):
+    """A request to /v1/responses."""
+
+    text_fields: ClassVar = ("input", "instructions")
+
+    input: Annotated[
+        Annotated[StrictStr, Tag("<string>")]
+        | Annotated[list[InputItem], Field(min_length=1, fail_fast=True), Tag("<parts>")],
+        Discriminator(
+            content_tag, custom_error_type="input", custom_error_message="input must be a string or a list of messages"
+        ),
+    ]
+    instructions: StrictStr | None = None
+    background: Literal[False] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None = None
+    max_output_tokens: Count | None = None
+    metadata: Annotated[dict[str, StrictStr], Field(max_length=16)] | None = None
+    """Sent back with the response."""
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: StrictStr | None = None
+    """Accepted because OpenAI has it; changes nothing."""
+    reasoning: Reasoning | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    """Nothing is stored."""
+    text: TextOptions | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    visual_token_budget: BudgetField | None = None
+    """For every image that has none of its own."""
+
+    include_reasoning: bool | None = None
+
+    def images(self) -> list[RequestedImage]:
+        found = []
+        for turn, place, part in self._image_parts():
+            path = f"input[{turn}].content[{place}]"
+            found.append(
+                RequestedImage(path, f"{path}.image_url", part.image_url, part.visual_token_budget, part.detail)
+            )
+        return found
+
+    def shared_budget(self) -> Budget | None:
+        return self.visual_token_budget
+
+    def text_tokens(self) -> int:
+        return estimate_text_tokens(self._texts())
+
+    def engine_fields(self, urls: Sequence[str]) -> Mapping[str, Any]:
+        if not urls:
+            return {"store": False}
+        turns = [{**turn} for turn in self.sent["input"]]
+        for (turn, place, _), url in zip(self._image_parts(), urls, strict=True):
+            content = [*turns[turn]["content"]]
+            content[place] = {"type": "input_image", "image_url": url, "detail": "auto"}
+            turns[turn]["content"] = content
+        return {"store": False, "input": turns}
+
+    @classmethod
+    def refuse_fields(cls, data: Mapping[str, Any]) -> None:
+        for name, reason in UNSERVED_FIELDS.items():
+            if name in data:
+                raise InvalidRequestError(f"{name!r} is not served: {reason}", param=name)
+        for name, reason in (("store", _STATELESS), ("background", _STATELESS), ("tools", _NO_TOOLS)):
+            if data.get(name):
+                raise InvalidRequestError(reason, param=name)
+        super().refuse_fields(data)
+
+    def _image_parts(self) -> Iterator[tuple[int, int, InputImage]]:
+        for turn, message in enumerate(self.input if isinstance(self.input, list) else ()):
+            if isinstance(message.content, list):
+                for place, part in enumerate(message.content):
+                    if isinstance(part, InputImage):
+                        yield turn, place, part
+
+    def _texts(self) -> Iterator[str]:
+        if self.instructions is not None:
+            yield self.instructions
+        if isinstance(self.input, str):
+            yield self.input
+            return
+        for message in self.input:
+            if isinstance(message.content, str):
+                yield message.content
+            else:
+                yield from (part.text for part in message.content if hasattr(part, "text"))

@@ -1,0 +1,1 @@
+"""What is known about a request, as headers, usage, metrics, traces and a log line."""

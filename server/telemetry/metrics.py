@@ -1,0 +1,124 @@
+"""Prometheus metrics. Every label has a fixed set of values, and every series exists from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from server import paths
+from server.budget import CLASSES, budget_class
+from server.errors import REJECTION_REASONS
+from server.telemetry.record import RequestRecord
+from server.version import package_version
+from vd_plugin.schedule import RULE_VERSION
+
+# From a cached answer of a tiny model to a long answer on a busy machine.
+_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_CODES: Final = ("200", "400", "401", "404", "408", "413", "415", "429", "499", "500", "502", "503")
+_IMAGE_CLASSES: Final = tuple(name for name in CLASSES if name != "none")
+
+
+class Metrics:
+    """The gateway's metrics on a registry of their own; one instance an app."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        disable_created_metrics()  # Prometheus makes nothing of them, and they double the number of series
+        build = Info("visiondrop_build", "What is running.", registry=self.registry)
+        build.info({"version": package_version(), "rule_version": str(RULE_VERSION)})
+        self._requests = self._counter("requests", "Requests by outcome.", "route", "code", "budget_class")
+        self._rejections = self._counter("rejections", "Requests turned away, by reason.", "reason")
+        self._images = self._counter("images", "Pictures that an engine took.", "budget_class")
+        self._full = self._counter("visual_tokens_full", "Visual tokens of the stock model.", "budget_class")
+        self._kept = self._counter("visual_tokens_kept", "Visual tokens a decoder layer held.", "budget_class")
+        self._saved = self._counter("visual_tokens_saved", "Visual tokens saved: full - kept.", "budget_class")
+        self._flops_saved = self._counter("prefill_flops_saved", "Prefill FLOPs saved in the decoder's layers.")
+        self._mismatches = self._counter(
+            "schedule_mismatch", "Requests whose prompt did not hold as many visual tokens as planned."
+        )
+        self._seconds = self._histogram("request_seconds", "Time from a request's arrival to its answer's last byte.")
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "Time from a streaming request's arrival to its first token."
+        )
+        self._inter_token = self._histogram("inter_token_seconds", "Time between two parts of a streamed answer.")
+        self._fetch = self._histogram("image_fetch_seconds", "Time to fetch a picture from its URL.")
+        self._decode = self._histogram(
+            "image_decode_seconds", "Time to check a picture and make it plain, waiting for a thread included."
+        )
+        self._queue = self._histogram("queue_seconds", "Time in the queue before an engine.")
+        self.inflight = Gauge("visiondrop_inflight_requests", "Requests being served.", registry=self.registry)
+        self._queue_depth = Gauge("visiondrop_queue_depth", "Requests in the queue.", registry=self.registry)
+        self._engine_up = Gauge(
+            "visiondrop_engine_up", "1 if the engine answers and makes progress.", ["engine"], registry=self.registry
+        )
+        self._make_series()
+
+    def watch_queue(self, depth: Callable[[], int]) -> None:
+        """Read the queue's depth from here whenever metrics are asked for."""
+        self._queue_depth.set_function(depth)
+
+    def watch_engine(self, name: str, is_up: Callable[[], bool]) -> None:
+        """Read the engine's state from here whenever metrics are asked for."""
+        self._engine_up.labels(name).set_function(is_up)
+
+    def observe(self, record: RequestRecord, *, is_work: bool) -> None:
+        """Count a request that has ended."""
+        self._requests.labels(record.route, str(record.status), record.budget_class).inc()
+        if record.rejection is not None:
+            self._rejections.labels(record.rejection).inc()
+        if not is_work:
+            return
+        if record.total_seconds is not None:
+            self._seconds.observe(record.total_seconds)
+        if record.first_token_seconds is not None:
+            self._first_token.observe(record.first_token_seconds)
+        if record.queue_seconds is not None:
+            self._queue.observe(record.queue_seconds)
+        for histogram, times in (
+            (self._inter_token, record.inter_token_seconds),
+            (self._fetch, record.image_fetch_seconds),
+            (self._decode, record.image_decode_seconds),
+        ):
+            for seconds in times:
+                histogram.observe(seconds)
+        if record.engine_answered:
+            for schedule in record.schedules:
+                label = budget_class(schedule.effective_budget)
+                self._images.labels(label).inc()
+                self._full.labels(label).inc(schedule.full)
+                self._kept.labels(label).inc(schedule.kept)
+                self._saved.labels(label).inc(schedule.saved)
+            self._flops_saved.inc(record.prefill_flops_saved)
+        if record.is_mismatch:
+            self._mismatches.inc()
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"visiondrop_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"visiondrop_{name}", text, buckets=_SECONDS, registry=self.registry)
+
+    def _make_series(self) -> None:
+        for route in paths.WORK:
+            for code in _CODES:
+                for label in CLASSES if route in paths.PICTURES else ("none",):
+                    self._requests.labels(route, code, label)
+        for reason in REJECTION_REASONS:
+            self._rejections.labels(reason)
+        for counter in (self._images, self._full, self._kept, self._saved):
+            for label in _IMAGE_CLASSES:
+                counter.labels(label)

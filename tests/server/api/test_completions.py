@@ -1,0 +1,172 @@
+"""Text completions and tokens: checked, passed through, with usage in our shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from asgi_transport import AsgiTransport
+from fake_engine import MODEL, FakeEngine, sse_data
+from gateway import make_app
+from images import picture
+from metric_text import metrics_of
+
+from server.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+ROUTE = "/v1/completions"
+NO_PICTURES = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+def assert_refused(response: httpx.Response, param: str | None, *words: str) -> None:
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param, error
+    for word in words:
+        assert word in error["message"]
+
+
+async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    body = {"model": MODEL, "prompt": ["a", "b"], "n": 2, "temperature": 1, "logit_bias": {"5": 1}, "stop": "x"}
+    response = await client.post(ROUTE, json={**body, "seed": None, "priority": None})
+
+    assert response.status_code == 200, response.text
+    assert engine.calls == [(ROUTE, body)]
+    assert json.dumps(engine.calls[0][1]["temperature"]) == "1"
+    usage = response.json()["usage"]
+    assert usage["visual_tokens"] == NO_PICTURES
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": 0, "text_tokens": 4}
+    assert response.headers["x-visual-tokens-full"] == "0"
+
+
+@pytest.mark.parametrize("value", ["64", "0", "lots"])
+@pytest.mark.parametrize(
+    ("route", "body"), [(ROUTE, {"prompt": "a"}), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})]
+)
+async def test_a_budget_in_a_header_is_refused_where_there_are_no_pictures(
+    client: httpx.AsyncClient, engine: FakeEngine, route: str, body: dict[str, Any], value: str
+) -> None:
+    response = await client.post(route, json=body, headers={"X-Visual-Token-Budget": value})
+    assert_refused(response, "X-Visual-Token-Budget", "visual token budget")
+    assert not engine.calls
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_stream_ends_with_usage_if_asked(client: httpx.AsyncClient, engine: FakeEngine, asked: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if asked else {}
+    async with client.stream("POST", ROUTE, json={"prompt": "a", "stream": True, **options}) as response:
+        *events, done = await sse_data(response.aiter_bytes())
+    assert done == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == "a b"
+    assert [chunk["usage"]["visual_tokens"] for chunk in chunks if "usage" in chunk] == [NO_PICTURES] * asked
+    assert engine.calls[0][1]["stream_options"]["include_usage"] is True
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"], [1, 2], [[1], [2, 3]]])
+async def test_prompts_have_four_forms(client: httpx.AsyncClient, engine: FakeEngine, prompt: Any) -> None:
+    assert (await client.post(ROUTE, json={"prompt": prompt})).status_code == 200
+    assert engine.calls[0][1] == {"prompt": prompt}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({}, "prompt", "required"),
+        ({"prompt": ""}, "prompt", "at least 1"),
+        ({"prompt": []}, "prompt", "list of token ids"),
+        ({"prompt": {"a": 1}}, "prompt", "list of token ids"),
+        ({"prompt": [1, "a"]}, "prompt[1]", "integer"),
+        ({"prompt": [-1]}, "prompt[0]", "greater"),
+        ({"prompt": [[1], []]}, "prompt[1]", "at least 1"),
+        ({"prompt": ["a"] * 9, "n": 128}, "n", "at most 1024"),
+        ({"prompt": "a", "n": 129}, "n", "128"),
+        ({"prompt": "a", "visual_token_budget": "low"}, "visual_token_budget", "picture"),
+        ({"prompt": "a", "min_pixels": 3}, "min_pixels", "no pictures"),
+        ({"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds", "cannot be set"),
+        ({"prompt": "a", "suffix": "b"}, "suffix", "no effect"),
+        ({"prompt": "a", "best_of": 2}, "best_of", "unknown field"),
+        ({"prompt": "a", "logprobs": True, "temprature": 1}, "temprature", "'temperature'"),
+        ({"prompt": "a", "top_k": 2**31}, "top_k", "less than"),
+        ({"prompt": "a", "length_penalty": 100}, "length_penalty", "less than"),
+    ],
+)
+async def test_bad_requests_get_a_sentence(
+    client: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], param: str, words: str
+) -> None:
+    assert_refused(await client.post(ROUTE, json=fields), param, words)
+    assert not engine.calls
+
+
+async def test_refusals_of_the_engine_are_passed_on(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.refusal = (400, {"error": {"message": "out of vocabulary", "type": "x", "param": None, "code": 400}})
+    for stream in (True, False):
+        assert_refused(await client.post(ROUTE, json={"prompt": [9], "stream": stream}), None, "vocabulary")
+    engine.refusal = (500, {"error": {"message": "CUDA"}})
+    assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 502
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_frees_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
+) -> None:
+    engine.hold_before_answer = True
+    task = asyncio.ensure_future(client.post(ROUTE, json={"prompt": "a", "stream": stream}))
+    await asyncio.wait_for(engine.asked.wait(), timeout=5)
+    task.cancel()
+    await asyncio.wait_for(engine.closed.wait(), timeout=2)
+
+
+async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    answer = (await client.post("/tokenize", json={"prompt": "one two", "return_token_strs": True})).json()
+    assert answer == {"count": 2, "max_model_len": 99, "tokens": [0, 1], "token_strs": ["one", "two"]}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert (await client.post("/tokenize", json={"messages": messages})).status_code == 200
+    assert engine.calls[-1] == ("/tokenize", {"messages": messages})
+    assert (await client.post("/detokenize", json={"tokens": [1, 2]})).json() == {"prompt": "word word "}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "words"),
+    [
+        ("/tokenize", {}, "prompt", "either"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt", "either"),
+        ("/tokenize", {"prompt": "a", "tools": []}, "tools", "messages"),
+        ("/tokenize", {"prompt": "a", "chat_template": "b"}, "chat_template", "cannot be set"),
+        ("/tokenize", {"prompt": "a", "mm_processor_kwargs": {}}, "mm_processor_kwargs", "cannot be set"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture()}}]}]},
+            "messages[0].content[0]",
+            "/v1/visual_tokens/count",
+        ),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]", "greater"),
+        ("/detokenize", {"tokens": "a"}, "tokens", "list"),
+        ("/detokenize", {"tokens": [1], "x": 1}, "x", "unknown field"),
+    ],
+)
+async def test_bad_token_requests_get_a_sentence(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str, words: str
+) -> None:
+    assert_refused(await client.post(path, json=fields), param, words)
+    assert not engine.calls
+
+
+async def test_bodies_have_a_limit(engine: FakeEngine) -> None:
+    app = make_app(Settings(max_body_bytes=1000), engine)
+    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
+        for path in (ROUTE, "/tokenize", "/detokenize"):
+            assert (
+                await client.post(path, content=b" " * 1001, headers={"Content-Type": "application/json"})
+            ).status_code == 413
+        assert "visiondrop_requests_total" in await metrics_of(client)

@@ -1,0 +1,68 @@
+"""Probes and metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+from asgi_transport import AsgiTransport
+from fake_engine import FakeEngine
+from gateway import assert_error, make_app
+
+from server.app import metrics_app_of
+from server.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+CHAT = "/v1/chat/completions"
+
+KEYS = """
+[keys.shop]
+secret = "shop-secret"
+max_budget = "low"
+images_per_minute = 3
+
+[keys.lab]
+secret = "lab-secret"
+requests_per_minute = 2
+"""
+
+
+async def test_ready_follows_the_engine_and_health_does_not(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    assert (await client.get("/ready")).status_code == 200
+    engine.is_up = False
+    assert_error(await client.get("/ready"), 503, None)
+    assert (await client.get("/health")).status_code == 200
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.toml"
+    path.write_text(KEYS)
+    path.chmod(0o600)
+    return path
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+async def test_operators_port_has_metrics_and_probes_without_a_key_and_nothing_else(
+    engine: FakeEngine, keys: Path
+) -> None:
+    app = make_app(Settings(api_keys_file=keys, metrics_port=1), engine)
+    async with (
+        httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as clients,
+        httpx.AsyncClient(transport=AsgiTransport(metrics_app_of(app)), base_url="http://metrics") as operators,
+    ):
+        for path in ("/metrics", "/metrics/engine/0", "/health", "/ready"):
+            response = await operators.get(path)
+            assert response.status_code == 200, path
+            assert response.headers["x-request-id"]
+        for path in ("/v1/models", CHAT, "/metrics/engine/1", "/metrics/engine/../0"):
+            response = await operators.get(path)
+            assert response.status_code == 404, path
+            assert response.json()["error"]["code"] == "unknown_url"
+        response = await clients.get("/metrics", headers=bearer("shop-secret"))
+        assert response.status_code == 404, "there is a port for it"

@@ -1,0 +1,140 @@
+"""A real gateway process, a fake engine as its child, and every way in which both may end."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from gateway_process import Start, gateways, is_alive, wait_for
+from images import ask, picture
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with gateways(tmp_path) as start_gateway:
+        yield start_gateway
+
+
+def test_serves_and_stops_cleanly(start: Start) -> None:
+    gateway = start("serve")
+    url = gateway.wait_url()
+    usage = httpx.post(f"{url}/v1/chat/completions", json=ask(picture(800, 600))).json()["usage"]
+    assert usage["visual_tokens"]["saved"] > 0
+    (folder,) = gateway.temp.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    members = gateway.members()
+    assert gateway.grandchild() in members
+
+    began = time.monotonic()
+    gateway.process.send_signal(signal.SIGINT)
+    assert gateway.process.wait(timeout=10) == 0, gateway.said
+    assert time.monotonic() - began < 6
+    assert not [pid for pid in members if is_alive(pid)]
+    assert not list(gateway.temp.iterdir()), "the private folder should be gone"
+    assert "Traceback" not in gateway.said
+    line = json.loads((gateway.said_path.parent / "stdout").read_text())
+    assert line["visual_tokens"] == usage["visual_tokens"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_can_be_stopped_while_the_engine_loads(start: Start, number: signal.Signals) -> None:
+    gateway = start("loading")
+    gateway.grandchild()
+    members = gateway.members()
+    wait_for(lambda: "loading the model" in gateway.said, gateway)
+    gateway.process.send_signal(number)
+    assert gateway.process.wait(timeout=10) == 0, gateway.said
+    assert len(members) == 3
+    assert not [pid for pid in members if is_alive(pid)]
+
+
+def test_second_signal_kills_at_once(start: Start) -> None:
+    gateway = start("stubborn")
+    wait_for(lambda: "loading the model" in gateway.said, gateway)
+    members = gateway.members()
+    gateway.process.send_signal(signal.SIGINT)
+    wait_for(lambda: "stopping" in gateway.said, gateway)
+    began = time.monotonic()
+    gateway.process.send_signal(signal.SIGINT)
+    assert gateway.process.wait(timeout=10) == 130
+    assert time.monotonic() - began < 2
+    wait_for(lambda: not [pid for pid in members if is_alive(pid)])
+
+
+@pytest.mark.parametrize("mode", ["serve", "loading"])
+def test_killed_gateway_leaves_no_orphan(start: Start, mode: str) -> None:
+    gateway = start(mode)
+    gateway.grandchild()
+    if mode == "serve":
+        gateway.wait_url()
+    members = gateway.members()
+    assert len(members) == 3, "guard, engine and the engine's own child"
+    gateway.process.kill()
+    wait_for(lambda: not [pid for pid in members if is_alive(pid)])
+    assert not list(gateway.temp.iterdir()), "the guard should have removed the private folder"
+
+
+def test_engine_that_refuses_its_input_has_the_last_word(start: Start) -> None:
+    gateway = start("sentence")
+    assert gateway.process.wait(timeout=10) == 1
+    assert gateway.said.splitlines()[-1] == "visiondrop: error: there is no model 'nowhere'"
+    assert not list(gateway.temp.iterdir())
+
+
+def test_engine_that_crashes_while_loading_is_explained(start: Start) -> None:
+    gateway = start("traceback")
+    assert gateway.process.wait(timeout=10) == 1
+    last = gateway.said.splitlines()[-1]
+    assert "while it was loading (exit status 1): ValueError: heads do not divide." in last
+    log = Path(last.rpartition(" ")[2])
+    assert "Traceback" in log.read_text()
+    assert "Traceback" not in gateway.said
+
+
+def test_engine_with_another_rule_is_refused(start: Start) -> None:
+    gateway = start("other_rule")
+    members = gateway.members()
+    assert gateway.process.wait(timeout=15) == 1
+    assert "version 2 of the budget rule" in gateway.said.splitlines()[-1]
+    assert not [pid for pid in members if is_alive(pid)]
+
+
+def test_taken_port_is_told_before_the_engine_is_started(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        gateway = start("serve", "--port", str(port))
+        assert gateway.process.wait(timeout=10) == 1
+    assert gateway.said == (
+        f"visiondrop: error: http://127.0.0.1:{port} is already in use; choose another port with --port\n"
+    )
+    assert not list(gateway.temp.iterdir())
+
+
+def test_taken_metrics_port_is_told_before_the_engine_is_started(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        gateway = start("serve", "--metrics-port", str(port))
+        assert gateway.process.wait(timeout=10) == 1
+    assert gateway.said == (
+        f"visiondrop: error: http://127.0.0.1:{port} is already in use; choose another port with --metrics-port\n"
+    )
+    assert not list(gateway.temp.iterdir())
+
+
+def test_metrics_have_a_port_of_their_own(start: Start) -> None:
+    gateway = start("serve", "--metrics-port", "0")
+    gateway.wait_url()
+    found = re.search(r"metrics at (http://\S+)/metrics", gateway.said)
+    assert found
+    assert "visiondrop_" in httpx.get(f"{found.group(1)}/metrics").text
+    answer = httpx.post(f"{found.group(1)}/v1/chat/completions", json=ask(picture()))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+    gateway.process.send_signal(signal.SIGTERM)
+    assert gateway.process.wait(timeout=10) == 0
