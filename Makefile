@@ -18,11 +18,11 @@ setup: ## Make .venv and install what is pinned (every target below does this fi
 	@deploy/setup.sh
 
 demo: setup ## Serve the demo checkpoint, ask about a picture, show what was saved
-	@$(bin)/python -m vd_plugin.demo_checkpoint $(model)
+	@$(bin)/python -m vd_plugin.tools.demo_checkpoint $(model)
 	@$(bin)/visiondrop demo $(model)
 
 serve: setup ## Serve the demo checkpoint until Ctrl-C (PORT=8000, ARGS="more options")
-	@$(bin)/python -m vd_plugin.demo_checkpoint $(model)
+	@$(bin)/python -m vd_plugin.tools.demo_checkpoint $(model)
 	@$(bin)/visiondrop serve $(model) --port $(PORT) $(ARGS)
 
 test: setup ## Run the tests (ARGS="-m 'not engine' -k schedule" and the like; WORKERS=0 for one process)

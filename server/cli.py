@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, engine_options = _split_engine_options(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["explain"]:
         # Runs an engine in its own process, with all that this package does not import.
-        return subprocess.run([sys.executable, "-m", "vd_plugin.explain", *arguments[1:]], check=False).returncode
+        return subprocess.run([sys.executable, "-m", "vd_plugin.tools.explain", *arguments[1:]], check=False).returncode
     parser = _make_parser(with_demo=arguments[:1] == ["demo"])
     options = parser.parse_args(arguments)
     options.engine_options = engine_options

@@ -42,7 +42,7 @@ _SIDE: Final = 672
 _COLOURS: Final = ("crimson", "royalblue", "seagreen", "darkorange", "purple", "teal")
 _BUDGETS: Final = (FULL, *sorted(PRESETS, key=lambda name: -PRESETS[name]))
 _STOP_SECONDS: Final = 30.0
-_DEMO_MARKER: Final = "visiondrop_demo.json"  # written by vd_plugin/demo_checkpoint.py
+_DEMO_MARKER: Final = "visiondrop_demo.json"  # written by vd_plugin/tools/demo_checkpoint.py
 
 
 class DemoError(Exception):

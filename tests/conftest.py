@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint, a LLaVA-NeXT."""
-    from vd_plugin.demo_checkpoint import build
+    from vd_plugin.tools.demo_checkpoint import build
 
     folder = tmp_path_factory.mktemp("checkpoints") / "demo"
     build(folder)

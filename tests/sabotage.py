@@ -13,10 +13,10 @@ import pytest
 import torch
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from vd_plugin import decoder, scheduler, state
+from vd_plugin import decoder, model_state, scheduler
 from vd_plugin.key_reader import KeyReader
 from vd_plugin.kv_cache import StagedKVCacheManager
-from vd_plugin.state import StagedModelState
+from vd_plugin.model_state import StagedModelState
 
 Sabotage = Callable[[pytest.MonkeyPatch], None]
 
@@ -66,8 +66,8 @@ def shift_positions(patch: pytest.MonkeyPatch) -> None:
 
 def shift_slots(patch: pytest.MonkeyPatch) -> None:
     """Every row is stored one slot too late."""
-    slots_of = state.slots_of
-    patch.setattr(state, "slots_of", lambda positions, *others: slots_of(positions + 1, *others))
+    slots_of = model_state.slots_of
+    patch.setattr(model_state, "slots_of", lambda positions, *others: slots_of(positions + 1, *others))
 
 
 def forget_what_was_dropped(patch: pytest.MonkeyPatch) -> None:
@@ -106,8 +106,8 @@ def take_the_first_request_for_all(patch: pytest.MonkeyPatch) -> None:
 
 def continue_from_the_first_row(patch: pytest.MonkeyPatch) -> None:
     """An image's rows are left-aligned in its span: a prompt that ends with one is continued from a row too early."""
-    final_rows = state.final_rows
-    patch.setattr(state, "final_rows", lambda *args: np.maximum(final_rows(*args) - 1, 0))
+    final_rows = model_state.final_rows
+    patch.setattr(model_state, "final_rows", lambda *args: np.maximum(final_rows(*args) - 1, 0))
 
 
 def trust_blocks_of_this_step(patch: pytest.MonkeyPatch) -> None:

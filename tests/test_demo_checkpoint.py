@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from vd_plugin import demo_checkpoint
-from vd_plugin.demo_checkpoint import build, main
+from vd_plugin.tools.demo_checkpoint import build, main
 
 
 @pytest.fixture(scope="module")

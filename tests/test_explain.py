@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from vd_plugin.provenance import Origin, encoder_origins, stage_origins, stock_origins
 from vd_plugin.schedule import DecoderShape, Geometry, TokenSplit
 from vd_plugin.selection import select
+from vd_plugin.tools.provenance import Origin, encoder_origins, stage_origins, stock_origins
 from vd_plugin.vision import TileFeatures, image_order, prune_tiles
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -105,7 +105,7 @@ def test_bad_input_gets_one_sentence(tmp_path: Path, arguments: list[str], sente
     draw(50, 50).save(tmp_path / "in.png")
     arguments = [str(tmp_path / "in.png") if argument == "PICTURE" else argument for argument in arguments]
     model = [] if "--model" in arguments else ["--model", "/no/such/model"]
-    command = [sys.executable, "-m", "vd_plugin.explain", *arguments, *model, "--out", str(tmp_path / "out.png")]
+    command = [sys.executable, "-m", "vd_plugin.tools.explain", *arguments, *model, "--out", str(tmp_path / "out.png")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2
     assert sentence in run.stderr.splitlines()[-1]

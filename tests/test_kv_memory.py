@@ -14,7 +14,7 @@ import sabotage
 from engines import Answer, Engine, draw, request
 from staged import SAME, Stepper, assert_same, difference, greedy, start_large, wipe, words
 
-from vd_plugin.capacity import image_blocks
+from vd_plugin.kv_capacity import image_blocks
 from vd_plugin.options import read_geometry
 from vd_plugin.schedule import Schedule, resolve
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vd_plugin.layout import PrunedRequest, StageRows, final_rows, plan_stages, slots_of
 from vd_plugin.schedule import TokenSplit
 from vd_plugin.spans import ImageSpan, dropped_before
+from vd_plugin.step_layout import PrunedRequest, StageRows, final_rows, plan_stages, slots_of
 
 NUM_STAGES = 3
 

@@ -19,10 +19,10 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vd_plugin.key_reader import KeyReader
-from vd_plugin.layout import ImageRows, RequestRows, StageRows, StepLayout
-from vd_plugin.parallel import mean_over_ranks
 from vd_plugin.selection import Plan, apply, attention_received, select
 from vd_plugin.spans import ImageSpan
+from vd_plugin.step_layout import ImageRows, RequestRows, StageRows, StepLayout
+from vd_plugin.tensor_parallel import mean_over_ranks
 
 
 class Observer(Protocol):

@@ -23,7 +23,7 @@ from vd_plugin.spans import ImageSpan, dropped_before
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagedAttentionSpec(FullAttentionSpec):  # type: ignore[misc]  # vLLM ships no types
+class StagedAttentionSpec(FullAttentionSpec):
     """Full attention over the rows that are left at a stage."""
 
     stage: int
@@ -49,7 +49,7 @@ class StagedAttentionSpec(FullAttentionSpec):  # type: ignore[misc]  # vLLM ship
         return all(type(spec) is type(self) and spec.stage == self.stage for spec in kv_cache_specs.values())
 
 
-class StagedKVCacheManager(FullAttentionManager):  # type: ignore[misc]
+class StagedKVCacheManager(FullAttentionManager):
     """Allocates blocks for a stage's rows. vLLM counts a request's tokens before pruning; here they are translated."""
 
     spans_of: Callable[[str], tuple[ImageSpan, ...]]

@@ -25,10 +25,10 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vd_plugin.decoder import StagedDecoder
 from vd_plugin.key_reader import KeyReader
 from vd_plugin.kv_cache import StagedAttentionSpec
-from vd_plugin.layout import StepLayout
 from vd_plugin.options import read_geometry
 from vd_plugin.processor import LlavaBudgetInfo, LlavaBudgetProcessor, LlavaNextBudgetInfo, LlavaNextBudgetProcessor
 from vd_plugin.schedule import TokenSplit
+from vd_plugin.step_layout import StepLayout
 from vd_plugin.validation import check_decoder
 from vd_plugin.vision import PrunedTiles, TileFeatures, order_image, prune_tiles, run_tower
 
@@ -62,7 +62,7 @@ class _StagedPruning:
         self.max_tower_tiles = max(self.geometry.max_num_tiles(), encoder_tokens // self.geometry.tile_patches)
 
     def get_model_state_cls(self) -> type[Any]:
-        from vd_plugin.state import StagedModelState
+        from vd_plugin.model_state import StagedModelState
 
         state: type[Any] = StagedModelState if self.geometry.boundaries else DefaultModelState
         return state
@@ -147,14 +147,14 @@ class _StagedPruning:
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaNextBudgetProcessor, info=LlavaNextBudgetInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
-class VisionDropLlavaNextForConditionalGeneration(_StagedPruning, LlavaNextForConditionalGeneration):  # type: ignore[misc]
+class VisionDropLlavaNextForConditionalGeneration(_StagedPruning, LlavaNextForConditionalGeneration):
     pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaBudgetProcessor, info=LlavaBudgetInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
-class VisionDropLlavaForConditionalGeneration(_StagedPruning, LlavaForConditionalGeneration):  # type: ignore[misc]
+class VisionDropLlavaForConditionalGeneration(_StagedPruning, LlavaForConditionalGeneration):
     pass
 
 

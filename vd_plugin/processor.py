@@ -102,7 +102,7 @@ def check_kwargs(mm_kwargs: object, options: PluginOptions) -> None:
         )
 
 
-class BudgetContext(InputProcessingContext):  # type: ignore[misc]  # vLLM ships no types
+class BudgetContext(InputProcessingContext):
     """Keeps our keys, whether of the request or the engine's default, away from Hugging Face's processor."""
 
     def get_merged_mm_kwargs(self, kwargs: Mapping[str, object], **options: Any) -> dict[str, Any]:
@@ -132,11 +132,11 @@ class _BudgetInfo:
         return {"image": self.geometry.max_full_tokens()}
 
 
-class LlavaNextBudgetInfo(_BudgetInfo, LlavaNextProcessingInfo):  # type: ignore[misc]
+class LlavaNextBudgetInfo(_BudgetInfo, LlavaNextProcessingInfo):
     pass
 
 
-class LlavaBudgetInfo(_BudgetInfo, LlavaProcessingInfo):  # type: ignore[misc]
+class LlavaBudgetInfo(_BudgetInfo, LlavaProcessingInfo):
     pass
 
 
@@ -280,11 +280,11 @@ class _BudgetProcessor:
             raise VLLMValidationError(str(error), parameter=key) from error
 
 
-class LlavaNextBudgetProcessor(_BudgetProcessor, LlavaNextMultiModalProcessor[LlavaNextBudgetInfo]):  # type: ignore[misc]
+class LlavaNextBudgetProcessor(_BudgetProcessor, LlavaNextMultiModalProcessor[LlavaNextBudgetInfo]):
     pass
 
 
-class LlavaBudgetProcessor(_BudgetProcessor, LlavaMultiModalProcessor):  # type: ignore[misc]
+class LlavaBudgetProcessor(_BudgetProcessor, LlavaMultiModalProcessor):
     pass
 
 

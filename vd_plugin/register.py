@@ -17,7 +17,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    class VisionDropConfig(VerifyAndUpdateConfig):  # type: ignore[misc]  # vLLM ships no types
+    class VisionDropConfig(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             from vd_plugin.validation import check_engine, prepare_staged_engine

@@ -29,7 +29,7 @@ from vd_plugin.validation import check_final
 logger = init_logger(f"vllm.{__name__}")
 
 
-class VisionDropScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
+class VisionDropScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_final(self.vllm_config)

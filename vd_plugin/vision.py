@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from vllm.model_executor.models.clip import CLIPEncoderLayer, CLIPVisionModel
 
-from vd_plugin.parallel import sum_over_ranks
 from vd_plugin.schedule import TokenSplit
 from vd_plugin.selection import apply, select
+from vd_plugin.tensor_parallel import sum_over_ranks
 
 
 class TileFeatures(NamedTuple):

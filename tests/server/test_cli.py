@@ -174,7 +174,7 @@ def test_explain_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(subprocess, "run", run_command)
     assert run("explain", "picture.png", "--budget", "low") == 2
-    assert commands == [[sys.executable, "-m", "vd_plugin.explain", "picture.png", "--budget", "low"]]
+    assert commands == [[sys.executable, "-m", "vd_plugin.tools.explain", "picture.png", "--budget", "low"]]
 
 
 def test_odd_pictures_write_nothing_and_are_not_remembered(tmp_path: Path) -> None:

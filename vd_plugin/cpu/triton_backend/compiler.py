@@ -10,7 +10,7 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 _REFUSAL = "the cpu backend interprets kernels, it does not compile them: set TRITON_INTERPRET=1"
 
 
-class InterpreterCompiler(BaseBackend):  # type: ignore[misc]  # triton ships no types
+class InterpreterCompiler(BaseBackend):  # triton ships no types
     @staticmethod
     def supports_target(target: GPUTarget) -> bool:
         return bool(target.backend == "cpu")

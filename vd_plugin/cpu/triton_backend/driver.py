@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 
-class InterpreterDriver(DriverBase):  # type: ignore[misc]  # triton ships no types
+class InterpreterDriver(DriverBase):  # triton ships no types
     @staticmethod
     def is_active() -> bool:
         """Only where the interpreter was asked for: a GPU machine must see its own driver alone."""

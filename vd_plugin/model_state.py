@@ -32,13 +32,13 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vd_plugin.kv_cache import StagedAttentionSpec
-from vd_plugin.layout import PrunedRequest, StageRows, StepLayout, final_rows, plan_stages, slots_of
 from vd_plugin.spans import ImageSpan, dropped_before, read_spans
+from vd_plugin.step_layout import PrunedRequest, StageRows, StepLayout, final_rows, plan_stages, slots_of
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-class StagedModelState(DefaultModelState):  # type: ignore[misc]  # vLLM ships no types
+class StagedModelState(DefaultModelState):
     def __init__(
         self, vllm_config: VllmConfig, model: Any, encoder_cache: EncoderCache | None, device: torch.device
     ) -> None:
@@ -302,6 +302,6 @@ class StagedModelState(DefaultModelState):  # type: ignore[misc]  # vLLM ships n
         return [groups if group_id in mine else [] for group_id, groups in enumerate(attn_groups)]
 
     def _log_capacity(self, kv_cache_config: KVCacheConfig) -> None:
-        from vd_plugin.capacity import describe_capacity
+        from vd_plugin.kv_capacity import describe_capacity
 
         logger.info_once(describe_capacity(self.model.geometry, kv_cache_config))

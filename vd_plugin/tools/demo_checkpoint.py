@@ -10,7 +10,7 @@ is noise.
   published checkpoints nor vLLM 0.32 use (`vision_tower.embeddings` for `vision_tower.vision_model.embeddings`).
 * `build` is atomic (a temporary folder, then a rename) and does nothing where this very version has been built.
 
-    python -m vd_plugin.demo_checkpoint PATH
+    python -m vd_plugin.tools.demo_checkpoint PATH
 """
 
 from __future__ import annotations
@@ -346,7 +346,7 @@ def _is_readable(tokenizer: Tokenizer, token: int) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vd_plugin.demo_checkpoint", description=_summary())
+    parser = argparse.ArgumentParser(prog="python -m vd_plugin.tools.demo_checkpoint", description=_summary())
     parser.add_argument("path", type=Path, help="folder to make")
     path: Path = parser.parse_args(arguments).path
     started = time.perf_counter()

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vd_plugin.options import engine_args
-from vd_plugin.provenance import Origin, encoder_origins, stage_origins, stock_origins
 from vd_plugin.schedule import Budget, Geometry, Schedule, parse_budget, resolve
+from vd_plugin.tools.provenance import Origin, encoder_origins, stage_origins, stock_origins
 
 if TYPE_CHECKING:
     from PIL import Image
