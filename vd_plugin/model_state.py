@@ -11,6 +11,7 @@ Upstream: `vllm/v1/worker/gpu/model_states/default.py` (vLLM 0.32, second model 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,27 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vd_plugin.kv_cache import StagedAttentionSpec
 from vd_plugin.spans import ImageSpan, dropped_before, read_spans
-from vd_plugin.step_layout import PrunedRequest, StageRows, StepLayout, final_rows, plan_stages, slots_of
+from vd_plugin.step_layout import PrunedRequest, StepLayout, final_rows, plan_stages, slots_of
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What vLLM's runner gives for a step, and what follows from it for all stages."""
+
+    batch: InputBatch
+    num_reqs: int
+    num_tokens: int
+    """Both padded where a full graph is replayed."""
+    block_tables: tuple[Tensor, ...]
+    """By KV-cache group."""
+    slot_mappings: Tensor
+    attn_groups: list[list[AttentionGroup]]
+    kv_cache_config: KVCacheConfig
+    for_capture: bool
+    is_dummy: bool
+    """Whether its requests are none of the runner's: a capture, or a run to measure memory."""
 
 
 class StagedModelState(DefaultModelState):
@@ -117,22 +136,26 @@ class StagedModelState(DefaultModelState):
             for_capture,
             ubatch_idx,
         )
-        is_dummy = for_capture or input_batch.req_ids[0] not in self.known
-        pruned = [] if is_dummy else self._pruned_requests(input_batch)
+        is_full_graph = cudagraph_mode == CUDAGraphMode.FULL
+        step = StepInputs(
+            batch=input_batch,
+            num_reqs=input_batch.num_reqs_after_padding if is_full_graph else input_batch.num_reqs,
+            num_tokens=input_batch.num_tokens_after_padding if is_full_graph else input_batch.num_tokens,
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            attn_groups=attn_groups,
+            kv_cache_config=kv_cache_config,
+            for_capture=for_capture,
+            is_dummy=for_capture or input_batch.req_ids[0] not in self.known,
+        )
+        pruned = [] if step.is_dummy else self._pruned_requests(input_batch)
         if pruned:
-            assert cudagraph_mode != CUDAGraphMode.FULL, "a step that prunes has no graph"
-            layout, stages = self._lay_out_pruning(input_batch, pruned, block_tables, slot_mappings, kv_cache_config)
+            assert not is_full_graph, "a step that prunes has no graph"
+            layout = self._lay_out_pruning(step, pruned)
         else:
-            layout, stages = self._lay_out(input_batch, block_tables, slot_mappings, kv_cache_config, is_dummy), None
-        full_graph = cudagraph_mode == CUDAGraphMode.FULL
-        num_reqs = input_batch.num_reqs_after_padding if full_graph else input_batch.num_reqs
-        num_tokens = input_batch.num_tokens_after_padding if full_graph else input_batch.num_tokens
+            layout = self._lay_out(step)
         for stage in range(1, self.num_stages + 1):
-            rows = stages[stage - 1] if stages else None
-            metadata |= self._build_metadata(
-                stage, rows, input_batch, num_reqs, num_tokens, layout, block_tables, slot_mappings,
-                self._of_stage(attn_groups, stage), kv_cache_config, for_capture, is_dummy,
-            )  # fmt: skip
+            metadata |= self._build_metadata(step, stage, layout)
         self._advance(pruned)
         self.layout, self.layout_batch = layout, input_batch
         return metadata
@@ -164,20 +187,14 @@ class StagedModelState(DefaultModelState):
                 pruned.append(PrunedRequest(input_batch.req_ids[index], index, slot, start, spans))
         return pruned
 
-    def _lay_out(
-        self,
-        input_batch: InputBatch,
-        block_tables: tuple[Tensor, ...],
-        slot_mappings: Tensor,
-        kv_cache_config: KVCacheConfig,
-        is_dummy: bool,
-    ) -> StepLayout:
+    def _lay_out(self, step: StepInputs) -> StepLayout:
         """A step without images to prune: every request is shifted by what it has lost before."""
+        input_batch, block_tables, slot_mappings = step.batch, step.block_tables, step.slot_mappings
         num_reqs, num_tokens = input_batch.num_reqs, input_batch.num_tokens
         self.seq_lens[:, num_reqs:] = 0
         self.positions[:, num_tokens : input_batch.num_tokens_after_padding] = 0
         positions = self.positions[:, :num_tokens]
-        if is_dummy:
+        if step.is_dummy:
             # Its slots are padding, and its requests are none of ours.
             self.seq_lens[:, :num_reqs] = input_batch.seq_lens[:num_reqs]
             positions.copy_(input_batch.positions[:num_tokens].expand_as(positions))
@@ -188,7 +205,7 @@ class StagedModelState(DefaultModelState):
         torch.sub(input_batch.positions[:num_tokens], drops[:, owner], out=positions)
         for stage in range(1, self.num_stages + 1):
             for group in self.stage_groups[stage]:
-                block_size = kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size
+                block_size = step.kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size
                 slots = slots_of(positions[stage - 1], owner, block_tables[group], block_size)
                 slot_mappings[group, :num_tokens] = slots
         return StepLayout(list(self.positions[:, : input_batch.num_tokens_after_padding]))
@@ -201,14 +218,8 @@ class StagedModelState(DefaultModelState):
         ends = input_batch.query_start_loc[1 : input_batch.num_reqs + 1]
         return torch.searchsorted(ends, tokens.to(ends.dtype), right=True)
 
-    def _lay_out_pruning(
-        self,
-        input_batch: InputBatch,
-        pruned: list[PrunedRequest],
-        block_tables: tuple[Tensor, ...],
-        slot_mappings: Tensor,
-        kv_cache_config: KVCacheConfig,
-    ) -> tuple[StepLayout, list[StageRows]]:
+    def _lay_out_pruning(self, step: StepInputs, pruned: list[PrunedRequest]) -> StepLayout:
+        input_batch, block_tables, slot_mappings = step.batch, step.block_tables, step.slot_mappings
         num_reqs = input_batch.num_reqs
         lengths = input_batch.num_scheduled_tokens[:num_reqs].astype(np.int32)
         stages = plan_stages(lengths, pruned, self.drops_np, self.num_stages)
@@ -224,7 +235,7 @@ class StagedModelState(DefaultModelState):
             self.seq_lens[stage - 1, num_reqs:] = 0
             layout.positions.append(positions)
             for group in self.stage_groups[stage]:
-                kv_group = kv_cache_config.kv_cache_groups[group]
+                kv_group = step.kv_cache_config.kv_cache_groups[group]
                 slots = slots_of(positions, owner, block_tables[group], kv_group.kv_cache_spec.block_size)
                 slot_mappings[group] = PAD_SLOT_ID
                 slot_mappings[group, : rows.num_rows] = slots
@@ -233,38 +244,26 @@ class StagedModelState(DefaultModelState):
         layout.logits_rows = async_tensor_h2d(
             final_rows(lengths, pruned, stages[-1], self.num_stages).astype(np.int64), device=self.device
         )
-        return layout, stages
+        return layout
 
-    def _build_metadata(
-        self,
-        stage: int,
-        rows: StageRows | None,
-        input_batch: InputBatch,
-        num_reqs: int,
-        num_tokens: int,
-        layout: StepLayout,
-        block_tables: tuple[Tensor, ...],
-        slot_mappings: Tensor,
-        attn_groups: list[list[AttentionGroup]],
-        kv_cache_config: KVCacheConfig,
-        for_capture: bool,
-        is_dummy: bool,
-    ) -> dict[str, Any]:
+    def _build_metadata(self, step: StepInputs, stage: int, layout: StepLayout) -> dict[str, Any]:
+        input_batch, num_reqs, slot_mappings = step.batch, step.num_reqs, step.slot_mappings
+        rows = layout.stages[stage - 1] if layout.stages else None
         if rows is None:
             query_starts, starts_np = input_batch.query_start_loc, input_batch.query_start_loc_np
-            lengths, num_rows = input_batch.num_scheduled_tokens, num_tokens
+            lengths, num_rows = input_batch.num_scheduled_tokens, step.num_tokens
         else:
             query_starts, starts_np = async_tensor_h2d(rows.starts, device=self.device), rows.starts
             lengths, num_rows = rows.lengths, rows.num_rows
             slot_mappings = slot_mappings[:, :num_rows]
         bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs].clone()
-        if not is_dummy:
+        if not step.is_dummy:
             gone = self.drops_np[stage - 1, input_batch.idx_mapping_np]
             if rows is not None:
                 gone = gone + input_batch.num_scheduled_tokens[: input_batch.num_reqs] - rows.lengths
             bound[: input_batch.num_reqs] -= torch.from_numpy(gone).to(bound.dtype)
         metadata: dict[str, Any] = build_attn_metadata(
-            attn_groups=attn_groups,
+            attn_groups=self._of_stage(step.attn_groups, stage),
             num_reqs=num_reqs,
             num_tokens=num_rows,
             query_start_loc_gpu=query_starts[: num_reqs + 1],
@@ -272,14 +271,14 @@ class StagedModelState(DefaultModelState):
             max_query_len=input_batch.max_query_len if input_batch.max_query_len else int(lengths.max()),
             seq_lens=self.seq_lens[stage - 1],
             # A graph must be valid at any replay.
-            max_seq_len=self.max_model_len if for_capture else int(bound.max()),
-            block_tables=block_tables,
+            max_seq_len=self.max_model_len if step.for_capture else int(bound.max()),
+            block_tables=step.block_tables,
             slot_mappings=slot_mappings,
-            kv_cache_config=kv_cache_config,
+            kv_cache_config=step.kv_cache_config,
             seq_lens_cpu_upper_bound=bound,
             positions=layout.positions[stage - 1],
             is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
-            for_cudagraph_capture=for_capture,
+            for_cudagraph_capture=step.for_capture,
             req_idx=input_batch.idx_mapping_np,
         )
         return metadata

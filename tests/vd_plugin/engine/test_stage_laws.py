@@ -14,13 +14,12 @@ import engines
 import pytest
 import sabotage
 from engines import Answer, Engine, draw, request
+from mixed_batch import PICTURES, PROMPT, mixed_batch
 from sabotage import Sabotage
 from staged import LAYERS, SAME, assert_same, checkpoint, difference, largest, wipe, words
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-SIZES = [(336, 336), (640, 320), (320, 640), (500, 480), (90, 90)]
-BUDGETS = [32, 48, 64, 100, 160, 320]
 FULL = request(f"{words(5)} <image> {words(5, 1)}", [draw(640, 320)])
 STOCK = {
     "full": FULL,
@@ -29,8 +28,6 @@ STOCK = {
     "text": request(words(40)),
     "one word": request(words(1)),
 }
-PROMPT = f"{words(20)} <image> {words(6, 1)} <image> {words(4, 2)}"
-PICTURES = [draw(640, 320), draw(500, 480, seed=1)]
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +51,6 @@ def engine(folder: Path, stock: dict[str, Answer]) -> Engine:
 def breakable(engine: Engine) -> Iterator[Engine]:
     yield engine
     wipe(engine)
-
-
-def mixed_batch() -> list[dict[str, Any]]:
-    """16 requests: every size and budget, image first and last, two images, full, text alone."""
-    batch = [
-        request(
-            f"{words(3 + 7 * number, number)} <image> {words(1 + number, number + 50)}",
-            [draw(*SIZES[number % len(SIZES)], seed=number)],
-            visual_token_budget=BUDGETS[number % len(BUDGETS)],
-        )
-        for number in range(9)
-    ]
-    batch.insert(2, request(words(30, 70)))
-    batch.insert(5, request(words(1, 71)))
-    batch.insert(7, request(f"{words(9, 72)} <image>", [draw(336, 336, 72)], visual_token_budget=64))
-    batch.insert(8, request(f"<image> {words(9, 73)}", [draw(640, 320, 73)], visual_token_budget=48))
-    batch.insert(9, request(PROMPT, PICTURES, visual_token_budget=[64, 160]))
-    batch.append(request(f"{words(9, 74)} <image>", [draw(90, 90, 74)], visual_token_budget="full"))
-    batch.append(request(f"{words(9, 75)} <image><image>", PICTURES, visual_token_budget=["full", 100]))
-    assert len(batch) == 16
-    return batch
 
 
 def each_alone(engine: Engine, batch: list[dict[str, Any]]) -> list[Answer]:

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 from engines import draw
-from test_server import Server, data_url, free_port, process
+from served import Server, data_url, free_port, process
 
 from vd_plugin.schedule import Geometry, resolve
 

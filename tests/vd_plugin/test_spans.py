@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_layout import NUM_STAGES, spans_and_length
+from span_strategies import NUM_STAGES, spans_and_length
 
 from vd_plugin.schedule import Schedule, TokenSplit, stage_rows
 from vd_plugin.spans import ImageSpan, before_images, dropped_before, identify, read_spans, whole_images

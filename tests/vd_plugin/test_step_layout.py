@@ -8,12 +8,10 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from span_strategies import NUM_STAGES, spans_and_length
 
-from vd_plugin.schedule import TokenSplit
 from vd_plugin.spans import ImageSpan, dropped_before
 from vd_plugin.step_layout import PrunedRequest, StageRows, final_rows, plan_stages, slots_of
-
-NUM_STAGES = 3
 
 
 @dataclass(frozen=True)
@@ -24,22 +22,6 @@ class Prompt:
     """Tokens that were computed in earlier steps."""
     end: int
     """Of this step."""
-
-
-@st.composite
-def spans_and_length(draw: st.DrawFn) -> tuple[tuple[ImageSpan, ...], int]:
-    spans = []
-    length = draw(st.integers(0, 4))
-    for _ in range(draw(st.integers(0, 3))):
-        rows = [draw(st.integers(1, 9))]
-        splits: list[TokenSplit | None] = []
-        for _ in range(NUM_STAGES):
-            kept = draw(st.integers(1, rows[-1]))
-            splits.append(TokenSplit(kept, 0) if kept < rows[-1] else None)
-            rows.append(kept)
-        spans.append(ImageSpan(length, tuple(rows), tuple(splits)))
-        length += rows[0] + draw(st.integers(0, 4))
-    return tuple(spans), max(1, length)
 
 
 @st.composite

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2] / "shared" / "golden"
+ROOT = Path(__file__).resolve().parents[3] / "shared" / "golden"
 
 requires_golden = pytest.mark.skipif(not ROOT.is_dir(), reason=f"golden vectors are not at {ROOT}")
 

@@ -9,7 +9,6 @@ import json
 import sys
 from pathlib import Path
 
-import conftest  # noqa: F401  # sets the environment of an engine
 import engines
 from engines import Engine, draw, request
 from staged import LAYERS, words

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(code: str, **environment: str) -> str:
@@ -146,17 +146,7 @@ print(answer, bool(permitted.value >> 18 & 1))
         assert answer == [str(expected)] * 2
 
 
-@pytest.mark.parametrize(
-    ("module", "forbidden"),
-    [
-        ("schedule", ("torch", "numpy", "vllm", "transformers")),
-        ("spans", ("torch", "numpy", "vllm", "transformers")),
-        ("options", ("torch", "numpy", "vllm", "transformers")),
-        ("provenance", ("torch", "numpy", "vllm", "transformers")),
-        ("selection", ("vllm", "transformers", "triton")),
-        ("layout", ("vllm", "transformers", "triton")),
-    ],
-)
-def test_imports_point_inward(module: str, forbidden: tuple[str, ...]) -> None:
-    loaded = run(f"import sys, vd_plugin.{module}; print(*sorted({{n.split('.')[0] for n in sys.modules}}))").split()
-    assert not set(forbidden) & set(loaded)
+def test_options_load_nothing_heavy() -> None:
+    """Every Python process of a CPU environment imports them. Who may import whom is a contract in pyproject.toml."""
+    loaded = run("import sys, vd_plugin.options; print(*sorted({n.split('.')[0] for n in sys.modules}))").split()
+    assert not {"torch", "numpy", "vllm", "transformers"} & set(loaded)

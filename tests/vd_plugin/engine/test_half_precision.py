@@ -17,8 +17,8 @@ import engines
 import pytest
 import torch
 from engines import Engine
+from mixed_batch import mixed_batch
 from staged import LAYERS, SeenPlan, Stepper, checkpoint, observed
-from test_stage_laws import mixed_batch
 from torch import Tensor
 
 from vd_plugin.decoder import StagedDecoder

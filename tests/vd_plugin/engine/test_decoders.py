@@ -5,15 +5,14 @@ Llama with grouped-query attention is the demo checkpoint itself (`test_stage_pa
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import engines
 import pytest
 import torch
+from decoder_checkpoint import with_decoder
 from engines import Engine, draw
 from reference import Image, Reference
 from staged import LAYERS, observed, rows_of
@@ -44,34 +43,9 @@ PROMPTS = {
 }
 
 
-def derive(demo: Path, folder: Path, text: dict[str, Any]) -> Path:
-    """The demo checkpoint with another decoder around its weights."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(demo, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"].update(text)
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    kv_heads, width = config["text_config"]["num_key_value_heads"], config["text_config"]["head_dim"]
-    for name in list(tensors):
-        kind = next((kind for kind in ("q_proj", "k_proj", "v_proj") if f"self_attn.{kind}.weight" in name), None)
-        if kind is None or not name.startswith("language_model"):
-            continue
-        if kind != "q_proj":
-            heads = tensors[name].unflatten(0, (-1, width))
-            tensors[name] = heads[torch.arange(kv_heads) % len(heads)].roll(1, dims=1).flatten(0, 1).contiguous()
-        if text["model_type"] == "qwen2":
-            bias = torch.randn(len(tensors[name]), generator=generator) / 2
-            tensors[name.replace(".weight", ".bias")] = bias
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 @pytest.fixture(scope="module", params=BACKBONES)
 def backbone(request: pytest.FixtureRequest, demo: Path) -> tuple[Engine, Reference]:
-    folder = derive(demo, demo.parent / request.param, BACKBONES[request.param])
+    folder = with_decoder(demo, demo.parent / request.param, BACKBONES[request.param])
     engine = engines.start(folder, layers=LAYERS)
     names = engine.on_model(lambda model: [type(model.language_model).__name__])
     assert names == BACKBONES[request.param]["architectures"]
@@ -105,7 +79,7 @@ def test_the_decoders_differ(backbone: tuple[Engine, Reference], demo: Path) -> 
 
 
 def test_a_sliding_window_is_refused(demo: Path) -> None:
-    folder = derive(demo, demo.parent / "sliding", {**BACKBONES["mistral"], "sliding_window": 64})
+    folder = with_decoder(demo, demo.parent / "sliding", {**BACKBONES["mistral"], "sliding_window": 64})
     engines.stop()
     try:
         with pytest.raises(NotImplementedError, match="VisionDrop prunes inside decoders of full attention only"):

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from engines import draw
-from test_server import data_url, free_port, process, wait_until_ready
+from served import data_url, free_port, process, wait_until_ready
 
 from vd_plugin.options import PROCESSOR_KWARGS
 

@@ -594,7 +594,7 @@ sys.path.insert(0, sys.argv[1])
 import vd_plugin.schedule
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
 """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program, str(root)], capture_output=True, text=True, check=True, timeout=60
     )

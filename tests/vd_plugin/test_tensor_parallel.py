@@ -18,6 +18,10 @@ import pytest
 CASES: list[tuple[str, Any]] = [("full", "full"), ("160", 160), ("explicit", [[40, 6]])]
 
 
+HERE = Path(__file__).resolve().parent
+SUPPORT = HERE.parent / "support"
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 def test_two_ranks_answer_as_one(demo: Path) -> None:
@@ -45,7 +49,7 @@ def _run_on_two_ranks(folder: Path) -> dict[str, Any]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function travels to the workers
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
     }
     for name in ("OMP_NUM_THREADS", "VLLM_DIST_IDENT"):
         environment.pop(name, None)

@@ -11,14 +11,14 @@ from pathlib import Path
 import engines
 import pytest
 import torch
+from decoder_checkpoint import with_decoder
 from staged import SAME
 from tensor_parallel_answers import NUM_TOKENS, REQUESTS, answer, options
-from test_decoders import derive
 from torch.testing import assert_close
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(engines.__file__).parent
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2])
@@ -28,15 +28,15 @@ def test_two_ranks_answer_as_one(demo: Path, tmp_path: Path, kv_heads: int) -> N
     On the demo checkpoint: towers of the recorded ones have three heads, which two ranks cannot share.
     """
     text = {"model_type": "llama", "num_key_value_heads": kv_heads}
-    folder = derive(demo, tmp_path / "checkpoint", text)
+    folder = with_decoder(demo, tmp_path / "checkpoint", text)
     engines.stop()
     output = tmp_path / "answers.json"
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
         "VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "nobind",
     }
-    program = [sys.executable, str(TESTS / "tensor_parallel_answers.py"), str(folder), "2", str(output)]
+    program = [sys.executable, str(SUPPORT / "tensor_parallel_answers.py"), str(folder), "2", str(output)]
     run = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     two = json.loads(output.read_text())

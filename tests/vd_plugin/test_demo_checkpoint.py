@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from vd_plugin import demo_checkpoint
+from vd_plugin.tools import demo_checkpoint
 from vd_plugin.tools.demo_checkpoint import build, main
 
 

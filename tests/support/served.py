@@ -1,0 +1,84 @@
+"""Servers as processes of their own, asked over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from PIL import Image
+
+START_SECONDS = 240
+
+
+@contextmanager
+def process(*arguments: str, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python process with the environment of a user, stopped at the end in whatever state it is."""
+    clean = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, env={**clean, **environment}
+        )
+        try:
+            yield child
+        finally:
+            tree = [*psutil.Process(child.pid).children(recursive=True)] if child.poll() is None else []
+            child.kill()
+            child.wait()
+            for orphan in tree:
+                if orphan.is_running():
+                    orphan.kill()
+
+
+def wait_until_ready(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert child.poll() is None, log.read_text()[-3000:]
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.3)
+    pytest.fail(f"not ready in {START_SECONDS} s: {log.read_text()[-3000:]}")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Server:
+    def __init__(self, child: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.child, self.log = child, log
+        self.url = f"http://127.0.0.1:{port}"
+        wait_until_ready(f"{self.url}/ready", child, log)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        self.model = self.client.models.list().data[0].id
+
+    def ask(self, *pictures: Image.Image, question: str = "What is this?", **options: Any) -> Any:
+        content: list[Any] = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+        content.append({"type": "text", "text": question})
+        options = {"max_tokens": 4, "temperature": 0, **options}
+        return self.client.chat.completions.create(
+            model=self.model, messages=[{"role": "user", "content": content}], **options
+        )
+
+
+def data_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
