@@ -23,7 +23,7 @@ _ACTIVITIES: Final = (
     (re.compile(r"torch\.compile|Dynamo bytecode"), "compiling"),
     (re.compile(r"[Cc]aptur\w+ CUDA graphs?[^%]*?(?P<progress>\d+%)?"), "capturing CUDA graphs"),
     (re.compile(r"init engine|[Ww]arming up|Warmup"), "warming up"),
-    (re.compile(r"Starting vLLM server|Application startup complete"), "opening its door"),
+    (re.compile(r"Starting vLLM server|Application startup complete"), "starting the HTTP server"),
 )
 
 _EXCEPTION_LINE: Final = re.compile(r"\b(?:\w+\.)*[A-Z]\w*(?:Error|Exception): \S.*")
