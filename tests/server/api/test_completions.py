@@ -91,7 +91,7 @@ async def test_prompts_have_four_forms(client: httpx.AsyncClient, engine: FakeEn
         ({"prompt": [[1], []]}, "prompt[1]", "at least 1"),
         ({"prompt": ["a"] * 9, "n": 128}, "n", "at most 1024"),
         ({"prompt": "a", "n": 129}, "n", "128"),
-        ({"prompt": "a", "visual_token_budget": "low"}, "visual_token_budget", "picture"),
+        ({"prompt": "a", "visual_token_budget": "low"}, "visual_token_budget", "image"),
         ({"prompt": "a", "min_pixels": 3}, "min_pixels", "takes no images"),
         ({"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds", "cannot be set"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "no effect"),
