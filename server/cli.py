@@ -17,7 +17,8 @@ from server.admission.keys import ApiKeys
 from server.errors import first_complaint
 from server.http.listener import Address, StartError
 from server.http.middleware import REQUEST_LOG
-from server.launcher.serve import run_gateway, run_serve
+from server.launcher.log import ERROR_PREFIX
+from server.launcher.serve import run_gateway, run_serve, say_error
 from server.settings import Settings
 from server.telemetry.tracing import make_tracing
 from server.version import package_version
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (StartError, SettingsError) as error:
-        print(f"visiondrop: error: {error}", file=sys.stderr)
+        say_error(error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -77,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
             message += " (options of the engine go after --, as in: visiondrop serve MODEL -- --max-model-len 4096)"
-        self.exit(2, f"visiondrop: error: {message}\nTry: {self.prog} --help\n")
+        self.exit(2, f"{ERROR_PREFIX}{message}\nTry: {self.prog} --help\n")
 
 
 def _make_parser(*, with_demo: bool) -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final
 import httpx
 from PIL import Image, ImageDraw
 
-from server.launcher.serve import say
+from server.launcher.serve import say, say_error
 from vd_plugin.schedule import FULL, PRESETS
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from openai import OpenAI, OpenAIError
     except ImportError:
-        print("visiondrop: error: the demo needs the openai package: pip install openai", file=sys.stderr)
+        say_error("the demo needs the openai package: pip install openai")
         return 1
     if arguments.repeats < 1 or arguments.max_tokens < 1:
-        print("visiondrop: error: --repeats and --max-tokens must be at least 1", file=sys.stderr)
+        say_error("--repeats and --max-tokens must be at least 1")
         return 2
     try:
         with _terminations_as_interrupts(), _server(arguments.model, getattr(arguments, "engine_options", [])) as url:
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             if Path(arguments.model, _DEMO_MARKER).exists():
                 print("The demo checkpoint has random weights: its words are noise, the counts and times are real.")
     except (DemoError, OpenAIError, httpx.HTTPError) as error:
-        print(f"visiondrop: error: {error}", file=sys.stderr)
+        say_error(error)
         return 1
     return 0
 

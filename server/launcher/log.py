@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 ERROR_PREFIX: Final = "visiondrop: error: "
-"""How vd_plugin.engine begins the sentence that it leaves behind when its input is bad."""
+"""How the gateway's commands begin the sentence about a failure, and vd_plugin.engine the one about bad input."""
 
 _TAIL_BYTES: Final = 64 * 1024
 

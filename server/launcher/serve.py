@@ -29,6 +29,7 @@ from server.errors import EngineFailedError, EngineUnreachableError, GatewayErro
 from server.http.connection import ConnectionLimits
 from server.http.listener import Address, StartError, bound_socket, url_of, why_not_bound
 from server.http.server import HttpServer, allowed_connections, serve_metrics, silence_late_results
+from server.launcher.log import ERROR_PREFIX
 from server.launcher.progress import Progress
 from server.launcher.supervisor import Backoff, Supervisor
 from server.settings import Settings
@@ -294,6 +295,11 @@ def _bound_sockets(settings: Settings, address: Address) -> Generator[_Listeners
             metrics_address = Address(settings.metrics_host, settings.metrics_port)
             metrics = stack.enter_context(bound_socket(metrics_address, "--metrics-port"))
         yield _Listeners(main, metrics)
+
+
+def say_error(sentence: object) -> None:
+    """Why a command fails."""
+    print(f"{ERROR_PREFIX}{sentence}", file=sys.stderr)
 
 
 def say(sentence: str) -> None:
