@@ -17,7 +17,8 @@ from server.admission.keys import ApiKeys
 from server.errors import first_complaint
 from server.http.listener import Address, StartError
 from server.http.middleware import REQUEST_LOG
-from server.launcher.serve import run_gateway, run_serve
+from server.launcher.log import ERROR_PREFIX
+from server.launcher.serve import run_gateway, run_serve, say_error
 from server.settings import Settings
 from server.telemetry.tracing import make_tracing
 from server.version import package_version
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (StartError, SettingsError) as error:
-        print(f"visiondrop: error: {error}", file=sys.stderr)
+        say_error(error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -77,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
             message += " (options of the engine go after --, as in: visiondrop serve MODEL -- --max-model-len 4096)"
-        self.exit(2, f"visiondrop: error: {message}\nTry: {self.prog} --help\n")
+        self.exit(2, f"{ERROR_PREFIX}{message}\nTry: {self.prog} --help\n")
 
 
 def _make_parser(*, with_demo: bool) -> argparse.ArgumentParser:
@@ -90,8 +91,8 @@ def _make_parser(*, with_demo: bool) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="start an engine and serve it", usage=_SERVE_USAGE))
     _add_gateway(commands.add_parser("gateway", help="serve engines that run elsewhere"))
-    _add_demo(commands.add_parser("demo", help="serve a model, ask it about a picture, show the savings"), with_demo)
-    commands.add_parser("explain", help="draw which patches of a picture every stage keeps", add_help=False)
+    _add_demo(commands.add_parser("demo", help="serve a model, ask it about an image, show the savings"), with_demo)
+    commands.add_parser("explain", help="draw which patches of an image every stage keeps", add_help=False)
     return parser
 
 
@@ -150,19 +151,19 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--default-budget",
         metavar="BUDGET",
-        help="visual token budget of requests that name none: an integer from 32 up, "
+        help="visual token budget of requests that set none: an integer from 32 up, "
         f"or {presets}, full (default: high)",
     )
     parser.add_argument(
         "--max-budget",
         metavar="BUDGET",
-        help=f"ceiling: larger budgets are lowered to it (default: {_default('max_budget')})",
+        help=f"larger budgets are capped to it (default: {_default('max_budget')})",
     )
     parser.add_argument(
         "--max-images",
         metavar="N",
         dest="max_images_per_request",
-        help=f"pictures that a request may have (default: {_default('max_images_per_request')})",
+        help=f"images that a request may have (default: {_default('max_images_per_request')})",
     )
     parser.add_argument(
         "--engine-start-timeout",
@@ -242,7 +243,7 @@ def _configure_logging() -> None:
     requests.addHandler(handler)
     requests.setLevel(logging.INFO)
     requests.propagate = False
-    # Pillow's words about odd pictures, with numbers from the file: each new sentence is a line, and kept for ever.
+    # Pillow's warnings about odd images quote numbers from the file: each would be a line, and be remembered for ever.
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

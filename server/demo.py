@@ -1,7 +1,7 @@
-"""`visiondrop demo MODEL`: a server of its own, a drawn picture, one question at every preset, and what that saved.
+"""`visiondrop demo MODEL`: a server of its own, a drawn image, one question at every preset, and what that saved.
 
 1. `visiondrop serve` is started as a child on a free port, and waited for.
-2. Pictures are drawn, so nothing is fetched. Each request of a budget gets another one: a picture that the engine has
+2. Images are drawn, so nothing is fetched. Each request of a budget gets another one: an image that the engine has
    seen at the same budget would come out of its caches, and the figures would flatter.
 3. Every budget is asked once unmeasured, then `--repeats` times; the table shows medians. The first measured answer is
    printed as it streams in.
@@ -31,13 +31,13 @@ from typing import TYPE_CHECKING, Final
 import httpx
 from PIL import Image, ImageDraw
 
-from server.launcher.serve import say
+from server.launcher.serve import say, say_error
 from vd_plugin.schedule import FULL, PRESETS
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-_QUESTION: Final = "Which shapes are in the picture, and which of them is the largest?"
+_QUESTION: Final = "Which shapes are in the image, and which of them is the largest?"
 _SIDE: Final = 672
 _COLOURS: Final = ("crimson", "royalblue", "seagreen", "darkorange", "purple", "teal")
 _BUDGETS: Final = (FULL, *sorted(PRESETS, key=lambda name: -PRESETS[name]))
@@ -61,7 +61,7 @@ class Answer:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Serve MODEL, ask about a drawn picture at every preset, and print what each saved."
+    parser.description = "Serve MODEL, ask about a drawn image at every preset, and print what each saved."
     parser.add_argument("model", metavar="MODEL", help="a folder with a LLaVA checkpoint, or its name on the hub")
     parser.add_argument("--max-tokens", type=int, default=24, metavar="N", help="length of an answer (default: 24)")
     parser.add_argument(
@@ -73,10 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from openai import OpenAI, OpenAIError
     except ImportError:
-        print("visiondrop: error: the demo needs the openai package: pip install openai", file=sys.stderr)
+        say_error("the demo needs the openai package: pip install openai")
         return 1
     if arguments.repeats < 1 or arguments.max_tokens < 1:
-        print("visiondrop: error: --repeats and --max-tokens must be at least 1", file=sys.stderr)
+        say_error("--repeats and --max-tokens must be at least 1")
         return 2
     try:
         with _terminations_as_interrupts(), _server(arguments.model, getattr(arguments, "engine_options", [])) as url:
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             if Path(arguments.model, _DEMO_MARKER).exists():
                 print("The demo checkpoint has random weights: its words are noise, the counts and times are real.")
     except (DemoError, OpenAIError, httpx.HTTPError) as error:
-        print(f"visiondrop: error: {error}", file=sys.stderr)
+        say_error(error)
         return 1
     return 0
 
@@ -99,7 +99,7 @@ def _ask_all(client: OpenAI, max_tokens: int, repeats: int) -> dict[str, list[An
     say("warming up")
     for budget in _BUDGETS:
         _ask(client, model, 0, budget, max_tokens, show=False)
-    say(f"asking about a {_SIDE} x {_SIDE} picture: {_QUESTION}")
+    say(f"asking about a {_SIDE} x {_SIDE} image: {_QUESTION}")
     answers: dict[str, list[Answer]] = {budget: [] for budget in _BUDGETS}
     for number in range(1, repeats + 1):
         for budget in _BUDGETS:
@@ -110,13 +110,13 @@ def _ask_all(client: OpenAI, max_tokens: int, repeats: int) -> dict[str, list[An
     return answers
 
 
-def _ask(client: OpenAI, model: str, picture: int, budget: str, max_tokens: int, *, show: bool) -> Answer:
-    """One request about picture number `picture`.
+def _ask(client: OpenAI, model: str, image: int, budget: str, max_tokens: int, *, show: bool) -> Answer:
+    """One request about image number `image`.
 
     Raises:
         DemoError: the stream held no text, or no count of visual tokens.
     """
-    data_url = f"data:image/png;base64,{base64.b64encode(_png(picture)).decode()}"
+    data_url = f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}"
     started = time.perf_counter()
     first_token_seconds = counts = None
     with client.chat.completions.create(
@@ -154,14 +154,14 @@ def _ask(client: OpenAI, model: str, picture: int, budget: str, max_tokens: int,
 
 
 def _png(number: int) -> bytes:
-    """Picture `number`: a circle, a square, a triangle and a line of text. No two numbers give the same pixels."""
+    """Image `number`: a circle, a square, a triangle and a line of text. No two numbers give the same pixels."""
     image = Image.new("RGB", (_SIDE, _SIDE), "white")
     draw = ImageDraw.Draw(image)
     circle, square, triangle = (_COLOURS[(number + place) % len(_COLOURS)] for place in (0, 1, 2))
     draw.ellipse((60, 60, 340 + number, 340 + number), fill=circle)
     draw.rectangle((400, 90, 580, 270), fill=square)
     draw.polygon([(180, 560), (320, 400), (460, 560)], fill=triangle)
-    draw.text((60, 600), f"VisionDrop, picture {number}", fill="black", font_size=36)
+    draw.text((60, 600), f"VisionDrop, image {number}", fill="black", font_size=36)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
@@ -198,7 +198,7 @@ def _server(model: str, engine_options: Sequence[str]) -> Generator[str, None, N
     if engine_options:
         command += ["--", *engine_options]
     # A process group of its own, so that Ctrl-C reaches the server once, from here: a second one would mean "at once".
-    # Its standard output is the request log; what it tells people is on standard error.
+    # Its standard output is the request log; its messages to people are on standard error.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
     try:
         _wait_ready(process, url)
@@ -208,7 +208,7 @@ def _server(model: str, engine_options: Sequence[str]) -> Generator[str, None, N
 
 
 def _wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    """The server tells its progress, and gives up by itself when the engine takes too long."""
+    """The server reports its progress, and gives up by itself when the engine takes too long."""
     while process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/ready", timeout=5, trust_env=False).status_code == 200:

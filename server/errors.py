@@ -2,7 +2,7 @@
 
 GatewayError
   InvalidRequestError         the client's request is at fault
-    ImageUnavailableError     ... in the address of a picture, or what is behind it
+    ImageUnavailableError     ... in the address of an image, or what is behind it
   AuthenticationError         no key, or one that is not known
   SlowRequestError            the request did not arrive in time
   PayloadTooLargeError        it is too large
@@ -11,7 +11,7 @@ GatewayError
   MethodNotAllowedError       no such method on this path
   UnknownModelError           no such model
   RateLimitError              the key has used up its rate
-  OverloadedError             too much to do; a later try may succeed
+  OverloadedError             overloaded; a later attempt may succeed
   RelayedError                the engine refused the request; its status is kept
   EngineFailedError           the engine answered with a failure of its own, or stopped answering
   EngineMismatchError         the engine computes budgets differently, or has no VisionDrop at all
@@ -93,7 +93,7 @@ class InvalidRequestError(GatewayError): ...
 
 
 class ImageUnavailableError(InvalidRequestError):
-    """A picture that could not be fetched. The message never tells what was behind the address."""
+    """An image that could not be fetched. The error never reveals what a blocked URL pointed to."""
 
 
 class AuthenticationError(GatewayError):
@@ -223,7 +223,7 @@ _TABLE: Final[Mapping[type[GatewayError], _Row]] = {
 
 
 class Complaint(NamedTuple):
-    """What pydantic says of one value.
+    """What pydantic reports about one value.
 
     Args:
         location: the steps to the value; tags of unions are in angle brackets.

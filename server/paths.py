@@ -19,8 +19,8 @@ ENGINE_METRICS: Final = "/metrics/engine/{engine}"
 OPENAPI: Final = "/openapi.json"
 
 WORK: Final = (CHAT, COMPLETIONS, RESPONSES, TOKENIZE, DETOKENIZE, COUNT)
-PICTURES: Final = (CHAT, RESPONSES, COUNT)
-"""Those of WORK whose requests may have pictures."""
+IMAGES: Final = (CHAT, RESPONSES, COUNT)
+"""Those of WORK whose requests may have images."""
 
 ALL: Final = (*WORK, MODELS, HEALTH, READY, METRICS, OPENAPI)
 """Labels of the metric of requests; every other path is OTHER."""

@@ -22,15 +22,15 @@ class Settings(BaseSettings):
     # Budgets
 
     default_budget: Budget = PRESETS["high"]
-    """Visual token budget of pictures for which none is asked: an integer or a preset."""
+    """Visual token budget of images for which none is requested: an integer or a preset."""
     max_budget: Budget = FULL
-    """Ceiling: larger budgets are lowered to it."""
+    """Larger budgets are capped to it."""
 
     # Requests
 
     max_body_bytes: int = Field(64 * _MIB, gt=0)
     max_buffered_bytes: int = Field(1024 * _MIB, gt=0)
-    """Bodies and fetched pictures that all requests together may hold in memory; above it requests are turned away."""
+    """Bodies and fetched images that all requests together may hold in memory; above it requests are turned away."""
     max_connections: int = Field(4096, gt=0)
     """Open connections; more are closed at once."""
     header_seconds: float = Field(10.0, gt=0)
@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     send_seconds: float = Field(60.0, gt=0)
     """How long a client may refuse to take bytes of an answer before its connection is closed."""
 
-    # Pictures
+    # Images
 
     max_images_per_request: int = Field(16, gt=0)
     max_image_bytes: int = Field(20 * _MIB, gt=0)
@@ -49,19 +49,19 @@ class Settings(BaseSettings):
     max_image_aspect_ratio: float = Field(100.0, ge=1)
     """Longer side over shorter. Image processors that scale the shorter side up explode beyond it."""
     image_threads: int = Field(min(4, os.cpu_count() or 1), gt=0)
-    """Pictures decoded at a time; each may need several times `max_image_pixels` bytes."""
+    """Images decoded at a time; each may need several times `max_image_pixels` bytes."""
 
     fetch_images: bool = True
-    """Whether `https:` URLs of pictures are fetched at all."""
+    """Whether `https:` URLs of images are fetched at all."""
     fetch_http: bool = False
     """Whether `http:` URLs are, too."""
     fetch_hosts: Annotated[tuple[str, ...], NoDecode] = ()
-    """Hosts that pictures may come from, comma-separated; `*.example.com` is its subdomains. Empty: any public host."""
+    """Hosts that images may come from, comma-separated; `*.example.com` is its subdomains. Empty: any public host."""
     fetch_seconds: float = Field(10.0, gt=0)
-    """For one picture, redirects included."""
+    """For one image, redirects included."""
     fetch_redirects: int = Field(3, ge=0)
     fetch_concurrency: int = Field(32, gt=0)
-    """Pictures fetched at a time, by all requests together."""
+    """Images fetched at a time, by all requests together."""
 
     # Keys and rates
 
@@ -85,19 +85,19 @@ class Settings(BaseSettings):
 
     engine_start_timeout_seconds: float = Field(1800.0, gt=0)
     engine_probe_seconds: float = Field(2.0, gt=0)
-    """Between two looks at an engine."""
+    """Between two probes of an engine."""
     engine_stall_seconds: float = Field(15.0, gt=0)
     """An engine that has shown no sign of progress for so long is not ready."""
 
     # Operation
 
     shutdown_seconds: float = Field(30.0, ge=0)
-    """What requests in flight get to finish when the gateway is told to stop."""
+    """What requests in flight get to finish when the gateway is stopped."""
     metrics_port: int | None = Field(None, ge=0, le=65535)
     """A port for `/metrics` alone; without one it is on the main port, behind the keys where there are any."""
     metrics_host: str = "127.0.0.1"
     tracing: bool = False
-    """Whether to send OpenTelemetry traces; where to, the OTEL_* variables say."""
+    """Whether to send OpenTelemetry traces; the OTEL_* variables set the destination."""
 
     @field_validator("default_budget", "max_budget", mode="before")
     @classmethod

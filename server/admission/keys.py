@@ -42,7 +42,7 @@ class ApiKey:
 
     Args:
         name: for logs.
-        max_budget: ceiling of the visual token budget of its pictures; the server's own ceiling holds besides.
+        max_budget: the largest visual token budget of its images; the server's own maximum applies as well.
         requests_per_minute: None for the server's rate.
         images_per_minute: None for the server's rate.
     """
@@ -105,7 +105,7 @@ class ApiKeys:
             )
         digest = sha256(sent.encode("utf-8", "surrogatepass")).digest()
         found: ApiKey | None = None
-        # All of them, without leaving early, so that the time taken tells nothing.
+        # All of them, without leaving early, so that the time taken reveals nothing.
         for known, key in self._entries:
             if hmac.compare_digest(known, digest):
                 found = key

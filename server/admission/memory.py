@@ -1,4 +1,4 @@
-"""A bound on the bytes that all requests together hold in memory: bodies, and pictures fetched or made plain."""
+"""A bound on the bytes that all requests together hold in memory: bodies, and images fetched or normalised."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class MemoryLease:
         assert num_bytes >= 0, num_bytes
         if self._num_bytes + num_bytes > self._budget.limit_bytes:
             raise PayloadTooLargeError(
-                f"the request's body and pictures take more than {self._budget.limit_bytes} bytes together",
+                f"the request's body and images take more than {self._budget.limit_bytes} bytes together",
                 code="request_too_large",
             )
         self._budget._take(num_bytes)

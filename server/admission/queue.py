@@ -37,7 +37,7 @@ class Admission:
     """The queue. Costs are in tokens (text + kept visual tokens). For one event loop: it has no locks.
 
     Args:
-        capacity: tokens that the engines take at a time, asked anew at every decision; 0 if none is up.
+        capacity: tokens that the engines take at a time, queried anew at every decision; 0 if none is up.
         clock: seconds that only grow.
     """
 
@@ -119,7 +119,7 @@ class Admission:
             retry_seconds = self._retry_seconds()
             self._give_up(waiter)
             raise OverloadedError(
-                f"the request waited {self._queue_seconds:g} s for its turn, as long as it may; try again later",
+                f"timed out after {self._queue_seconds:g} s in the queue; try again later",
                 reason="queue_timeout",
                 retry_after_seconds=retry_seconds,
             )
@@ -167,7 +167,7 @@ class _WorkRate:
         self._seconds = 0.0
 
     def observe(self, now: float, tokens: int, *, is_busy: bool) -> None:
-        """`tokens` were done at `now`; `is_busy` tells of the time since the last call."""
+        """`tokens` were done at `now`; `is_busy` is about the time since the last call."""
         if is_busy:
             decay = math.exp((self._last - now) / _RATE_MEMORY_SECONDS)
             self._tokens = self._tokens * decay + tokens

@@ -1,4 +1,4 @@
-"""What a key may send in a minute: requests and pictures, each over a moving window of 60 seconds.
+"""What a key may send in a minute: requests and images, each over a moving window of 60 seconds.
 
 The window is exact: it keeps the moment of every hit. That costs about 150 bytes a hit, 90 MB for a hundred keys that
 all send 6,000 requests a minute, which is more than one gateway process can take in. A sliding-window counter would

@@ -25,7 +25,7 @@ def model_routes(settings: Settings, engines: EnginePool) -> APIRouter:
 
     @router.get(paths.MODELS)
     async def list_models(context: Context) -> dict[str, Any]:
-        """The models that can be asked, with the visual token budgets they take."""
+        """The models that can be requested, with the visual token budgets they take."""
         return {"object": "list", "data": await cards(context)}
 
     @router.get(paths.MODEL)
@@ -36,7 +36,7 @@ def model_routes(settings: Settings, engines: EnginePool) -> APIRouter:
             if card.get("id") == model:
                 return card
         names = ", ".join(repr(card.get("id")) for card in found)
-        raise UnknownModelError(f"there is no model {model!r} here; there is {names}", code="model_not_found")
+        raise UnknownModelError(f"model {model!r} not found; available: {names}", code="model_not_found")
 
     return router
 

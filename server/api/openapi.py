@@ -22,7 +22,7 @@ from server.schemas.completions import CompletionRequest
 from server.schemas.responses import ResponsesRequest
 from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
-_EXAMPLE_PICTURE: Final = (
+_EXAMPLE_IMAGE: Final = (
     "data:image/png;base64,"
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGM8IWfDwMDAxMDAwMDAAAAOTgEmR2hJIgAAAABJRU5ErkJggg=="
 )
@@ -31,7 +31,7 @@ _CHAT_EXAMPLE: Final[dict[str, Any]] = {
         {
             "role": "user",
             "content": [
-                {"type": "image_url", "image_url": {"url": _EXAMPLE_PICTURE}},
+                {"type": "image_url", "image_url": {"url": _EXAMPLE_IMAGE}},
                 {"type": "text", "text": "What is this?"},
             ],
         }
@@ -46,13 +46,13 @@ _PROBLEMS: Final = {
     404: "There is no such model, or engine.",
     405: "This path does not answer that method.",
     408: "The request did not arrive in time.",
-    413: "The body, or a picture in it, is too large.",
+    413: "The body, or an image in it, is too large.",
     415: "The body is not JSON by its own account.",
     422: "The engine cannot process the request.",
     429: "The key has used up its rate.",
     500: "A defect of the server.",
     502: "The engine failed.",
-    503: "Too much to do, the server is stopping, or the engine is away.",
+    503: "The server is overloaded or stopping, or the engine is unreachable.",
 }
 _ASKING: Final = tuple(_PROBLEMS)
 _LOOKING: Final = (401, 405, 500, 502, 503)
@@ -61,7 +61,7 @@ _OPEN: Final = (405, 500)
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What the document says about one route. Statuses are those of its errors."""
+    """What the document contains about one route. Statuses are those of its errors."""
 
     summary: str
     answer: type[BaseModel] | None
@@ -76,7 +76,7 @@ class Operation:
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("post", paths.CHAT): Operation(
-        "Answer a conversation, with or without pictures",
+        "Answer a conversation, with or without images",
         answers.ChatCompletion,
         _ASKING,
         ChatRequest,
@@ -94,7 +94,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         counts_tokens=True,
     ),
     ("post", paths.RESPONSES): Operation(
-        "Answer a conversation, with or without pictures; stateless, without tools",
+        "Answer a conversation, with or without images; stateless, without tools",
         answers.Response,
         _ASKING,
         ResponsesRequest,
@@ -103,14 +103,14 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         counts_tokens=True,
     ),
     ("post", paths.COUNT): Operation(
-        "Tell what a chat request would cost at every preset, without running the model",
+        "Report what a chat request would cost at every preset, without running the model",
         answers.VisualTokensCount,
         _ASKING,
         ChatRequest,
         _CHAT_EXAMPLE,
     ),
     ("post", paths.TOKENIZE): Operation(
-        "Turn a text or a conversation without pictures into token ids",
+        "Turn a text or a conversation without images into token ids",
         answers.Tokens,
         _ASKING,
         TokenizeRequest,
@@ -121,7 +121,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("get", paths.MODELS): Operation("List the models and their budgets", answers.ModelList, _LOOKING),
     ("get", "/v1/models/{model_id}"): Operation(
-        "Tell about one model", answers.Model, (*_LOOKING, 404), parameter="model_id"
+        "Report one model", answers.Model, (*_LOOKING, 404), parameter="model_id"
     ),
     ("get", paths.HEALTH): Operation("Whether the server lives", answers.Health, _OPEN, needs_key=False),
     ("get", paths.READY): Operation("Whether the engine makes progress", answers.Ready, (*_LOOKING,)),
@@ -170,7 +170,7 @@ def document(app: FastAPI) -> dict[str, Any]:
         "info": {
             "title": app.title,
             "version": app.version,
-            "description": "OpenAI's API for a vision model, with a visual token budget for every picture.",
+            "description": "OpenAI's API for a vision model, with a visual token budget for every image.",
         },
         "paths": items,
         "components": {
@@ -200,7 +200,7 @@ _HEADERS: Final[dict[str, Any]] = {
     "WWW-Authenticate": {"schema": {"type": "string", "enum": ["Bearer"]}},
     "Allow": {"description": "The methods that there are.", "schema": {"type": "string"}},
     "X-Visual-Token-Budget": {
-        "description": "The budget that was applied to each picture, in order; absent without pictures.",
+        "description": "The budget that was applied to each image, in order; absent without images.",
         "schema": {"type": "string", "examples": ["320, full"]},
     },
     "X-Visual-Tokens-Full": {
@@ -233,7 +233,7 @@ _PARAMETERS: Final[dict[str, Any]] = {
     HEADER: {
         "name": HEADER,
         "in": "header",
-        "description": "Budget of pictures that have none in the body: as there, as text.",
+        "description": "Budget of images that have none in the body: as there, as text.",
         "schema": {"type": "string", "pattern": "^(low|medium|high|full|3[2-9]|[4-9][0-9]|[1-9][0-9]{2,17})$"},
     },
 }
@@ -257,8 +257,8 @@ def _operation(
         "security": [{"key": []}, {}] if entry.needs_key else [],
         "responses": {"200": _success(entry, reference)},
     }
-    has_pictures = entry.body is not None and "visual_token_budget" in entry.body.model_fields
-    names = ("X-Request-Id", *([HEADER] if has_pictures else []))
+    has_images = entry.body is not None and "visual_token_budget" in entry.body.model_fields
+    names = ("X-Request-Id", *([HEADER] if has_images else []))
     operation["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in names]
     if entry.parameter is not None:
         schema = {"type": "string", "minLength": 1}

@@ -22,7 +22,7 @@ def probe_routes(engines: EnginePool, drain: Drain) -> APIRouter:
 
     @router.get(paths.HEALTH)
     async def health() -> dict[str, Any]:
-        """The process lives; says nothing about the engine."""
+        """The process lives; reports nothing about the engine."""
         return {"status": "ok", "version": package_version()}
 
     @router.get(paths.READY)

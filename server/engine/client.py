@@ -31,7 +31,7 @@ _LONGEST_MESSAGE: Final = 2000
 class EngineCall:
     """One request to an engine.
 
-    `cost` (tokens) and `pictures` (something hashable for each) are what an engine is chosen by; they are not sent.
+    `cost` (tokens) and `images` (something hashable for each) are what an engine is chosen by; they are not sent.
     """
 
     path: str
@@ -39,7 +39,7 @@ class EngineCall:
     request_id: str
     headers: Mapping[str, str] = field(default_factory=dict)
     cost: int = 0
-    pictures: tuple[Hashable, ...] = ()
+    images: tuple[Hashable, ...] = ()
 
 
 class EventSource(Protocol):
@@ -84,7 +84,7 @@ class HttpEngineClient:
         raise ValueError(f"an engine's URL is http://HOST:PORT or unix:/PATH; got {url!r}")
 
     async def geometry(self) -> Geometry:
-        """The model's sizes, asked for once and again after the engine was away.
+        """The model's sizes, requested once and again after the engine was away.
 
         Raises:
             EngineMismatchError: no VisionDrop in the engine, or one whose rule differs from ours.
@@ -119,7 +119,7 @@ class HttpEngineClient:
         return await self.probe_health() is True
 
     async def probe_health(self) -> bool | None:
-        """What the engine says of itself; None if it accepts the question and gives no usable answer."""
+        """What the engine reports of itself; None if it accepts the request and gives no usable answer."""
         try:
             return (await self._get("/health")).status_code == 200
         except EngineUnreachableError:

@@ -12,7 +12,7 @@ Two bounds follow, both counted from the last sign of progress:
 
 * After `engine_stall_seconds` the engine gets no new work.
 * After LOST_FACTOR times that, what waits for it is given up. Nothing moves during one step of the engine, and a step
-  with the prefill of large pictures can take longer than the first bound on a CPU; that must not cost an answer. Where
+  with the prefill of large images can take longer than the first bound on a CPU; that must not cost an answer. Where
   steps are so slow, raise `engine_stall_seconds` to the length of the longest.
 """
 
@@ -36,7 +36,7 @@ from vd_plugin.schedule import Geometry
 LOST_FACTOR: Final = 4
 """Stall bounds without progress after which an engine's answers are given up."""
 
-_LOOK_SECONDS: Final = 3.0
+_PROBE_SECONDS: Final = 3.0
 
 # Token ids need no tokenizer, and 1 is in every vocabulary. Without a model vLLM takes the one it serves.
 _CANARY: Final = json.dumps({"prompt": [1], "max_tokens": 1, "temperature": 0}).encode()
@@ -58,8 +58,8 @@ class EngineState(Enum):
 
     STARTING = "starting"  # has not been up yet
     UP = "up"
-    STALLED = "stalled"  # answers, but its work does not get on
-    DOWN = "down"  # refuses connections, or says itself that it is dead
+    STALLED = "stalled"  # answers, but makes no progress
+    DOWN = "down"  # refuses connections, or reports itself dead
     MISMATCH = "mismatch"  # computes budgets differently
 
 
@@ -89,7 +89,7 @@ class EngineMonitor:
         name: the engine's name in the log.
         reference: the geometry that the engine must have; None if any will do.
         on_change: called when the state has changed.
-        on_lost: called at every look at which the engine has made no progress for LOST_FACTOR stall bounds.
+        on_lost: called at every probe at which the engine has made no progress for LOST_FACTOR stall bounds.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class EngineMonitor:
         self._on_change = on_change
         self._on_lost = on_lost
         self._signs = Signs()
-        self._told = EngineState.STARTING
+        self._reported = EngineState.STARTING
         self._canary: asyncio.Task[None] | None = None
         self._canary_at = 0.0
         self._is_canary_refused = False
@@ -128,13 +128,13 @@ class EngineMonitor:
     def mark_progress(self) -> None:
         """The engine has just done some work."""
         self._signs.progress_at = time.monotonic()
-        if self._told is EngineState.STALLED:
-            self._tell()
+        if self._reported is EngineState.STALLED:
+            self._report()
 
     def mark_unreachable(self) -> None:
         """A connection to the engine was refused."""
         self._signs.answers, self._signs.fits = False, None
-        self._tell()
+        self._report()
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -142,9 +142,9 @@ class EngineMonitor:
         try:
             while True:
                 self._forgive(time.monotonic() - slept_at - self._interval)
-                await self.look()
+                await self.probe()
                 await self._seek_progress()
-                self._tell()
+                self._report()
                 if time.monotonic() - self._signs.progress_at >= LOST_FACTOR * self._stall_seconds:
                     self._on_lost()
                 slept_at = time.monotonic()
@@ -155,14 +155,14 @@ class EngineMonitor:
                 await asyncio.gather(self._canary, return_exceptions=True)
                 self._canary = None
 
-    async def look(self) -> None:
-        """Ask the engine how it is. No usable answer in time is no news: progress decides then."""
+    async def probe(self) -> None:
+        """Request the engine's health and geometry. Without a usable answer in time, progress alone decides."""
         try:
-            async with asyncio.timeout(min(_LOOK_SECONDS, self._quiet_seconds)):
+            async with asyncio.timeout(min(_PROBE_SECONDS, self._quiet_seconds)):
                 await self._ask()
         except TimeoutError:
             pass
-        self._tell()
+        self._report()
 
     async def _ask(self) -> None:
         answers = await self._client.probe_health()
@@ -186,7 +186,7 @@ class EngineMonitor:
         else:
             self.geometry = geometry
             if not self._signs.fits:
-                # Just started: vLLM opens its door when its core works.
+                # Just started: vLLM starts its HTTP server when its core works.
                 self._signs.fits, self._signs.was_up = True, True
                 self._signs.progress_at = time.monotonic()
 
@@ -227,7 +227,7 @@ class EngineMonitor:
 
     async def _read_counters(self) -> None:
         try:
-            async with asyncio.timeout(_LOOK_SECONDS):
+            async with asyncio.timeout(_PROBE_SECONDS):
                 text = await self._client.metrics()
         except (GatewayError, TimeoutError):
             return
@@ -242,11 +242,11 @@ class EngineMonitor:
         if overslept_seconds >= self._quiet_seconds:
             self._signs.progress_at += overslept_seconds
 
-    def _tell(self) -> None:
-        state, before = self.state, self._told
+    def _report(self) -> None:
+        state, before = self.state, self._reported
         if state is before:
             return
-        self._told = state
+        self._reported = state
         is_good_news = before is EngineState.STARTING and state is EngineState.UP
         _log.log(logging.INFO if is_good_news else logging.WARNING, "engine %s %s", self._name, self._describe(state))
         self._on_change()

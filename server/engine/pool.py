@@ -1,7 +1,7 @@
 """Several engines that serve the same model, as one.
 
-A request goes to the engine with the least outstanding cost. An engine that has seen one of its pictures lately is
-preferred, since it may still have the picture's KV cache or encoder output, but only up to a slack: a picture that
+A request goes to the engine with the least outstanding cost. An engine that has seen one of its images lately is
+preferred, since it may still have the image's KV cache or encoder output, but only up to a slack: an image that
 everybody sends must not make a hot spot.
 """
 
@@ -29,14 +29,14 @@ from vd_plugin.schedule import Geometry
 Result = TypeVar("Result")
 
 AFFINITY_SLACK: Final = 1 / 8
-"""Part of `max_inflight_tokens` by which an engine that knows the picture may be ahead of the least busy one.
+"""Part of `max_inflight_tokens` by which an engine that knows the image may be ahead of the least busy one.
 
-A hit saves the encoder's run and the prefill of one picture, some 3,000 tokens unpruned. Most of what is outstanding
-has its prefill behind it and only decodes, so a lead of several pictures costs less than a miss; a lead of half an
+A hit saves the encoder's run and the prefill of one image, some 3,000 tokens unpruned. Most of what is outstanding
+has its prefill behind it and only decodes, so a lead of several images costs less than a miss; a lead of half an
 engine's capacity would not.
 """
 
-_NUM_REMEMBERED_PICTURES: Final = 10_000
+_NUM_REMEMBERED_IMAGES: Final = 10_000
 """For each engine. More than its caches hold; the keys take about a megabyte."""
 
 _log = logging.getLogger("visiondrop")
@@ -45,7 +45,7 @@ _log = logging.getLogger("visiondrop")
 class EnginePool:
     """What the gateway needs of its engines; `engines` maps a short name (a metric's label) to each.
 
-    While `run` is not running, the engines are looked at for every request.
+    While `run` is not running, the engines are probed for every request.
     """
 
     def __init__(self, engines: Mapping[str, HttpEngineClient], settings: Settings) -> None:
@@ -55,7 +55,7 @@ class EnginePool:
         self._engines = {name: _Engine(self, name, client, settings) for name, client in engines.items()}
         self._turn = 0
         self._is_watched = False
-        self._told_capacity = 0
+        self._reported_capacity = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,8 +88,8 @@ class EnginePool:
         """Watch the engines until cancelled."""
         try:
             # What goes wrong here goes wrong in the monitors again, and is logged there.
-            looks = (engine.monitor.look() for engine in self._engines.values())
-            await asyncio.gather(*looks, return_exceptions=True)
+            probes = (engine.monitor.probe() for engine in self._engines.values())
+            await asyncio.gather(*probes, return_exceptions=True)
             self._is_watched = True
             async with asyncio.TaskGroup() as group:
                 for engine in self._engines.values():
@@ -98,8 +98,8 @@ class EnginePool:
             self._is_watched = False
 
     async def check(self) -> None:
-        """Look at every engine now. Returns when all have answered or timed out."""
-        await asyncio.gather(*(engine.monitor.look() for engine in self._engines.values()))
+        """Probe every engine now. Returns when all have answered or timed out."""
+        await asyncio.gather(*(engine.monitor.probe() for engine in self._engines.values()))
 
     async def is_ready(self) -> bool:
         """Whether an engine is up now."""
@@ -156,10 +156,10 @@ class EnginePool:
                 return other.monitor.geometry
         return None
 
-    def tell_change(self) -> None:
+    def notify_change(self) -> None:
         """An engine's state has changed."""
-        if self.capacity != self._told_capacity:
-            self._told_capacity = self.capacity
+        if self.capacity != self._reported_capacity:
+            self._reported_capacity = self.capacity
             if self.on_capacity_change is not None:
                 self.on_capacity_change()
 
@@ -181,17 +181,17 @@ class EnginePool:
     def _choose(self, call: EngineCall, tried: set[str]) -> _Engine | None:
         """The best engine that is up and not yet tried; None if there is none.
 
-        Of those within the slack above the least cost: the one that has seen most of the pictures, has the least
+        Of those within the slack above the least cost: the one that has seen most of the images, has the least
         cost, has the fewest requests, was chosen longest ago.
         """
         candidates = [engine for engine in self._engines.values() if engine.is_up and engine.name not in tried]
         if not candidates:
             return None
         limit = min(engine.cost for engine in candidates) + self._slack
-        pictures = set(call.pictures)
+        images = set(call.images)
         best = min(
             (engine for engine in candidates if engine.cost <= limit),
-            key=lambda engine: (-engine.num_seen(pictures), engine.cost, engine.num_requests, engine.chosen_at),
+            key=lambda engine: (-engine.num_seen(images), engine.cost, engine.num_requests, engine.chosen_at),
         )
         self._turn += 1
         best.chosen_at = self._turn
@@ -201,7 +201,7 @@ class EnginePool:
         if not self._is_watched:
             await self.check()
             for engine in self._engines.values():
-                engine.monitor.mark_progress()  # nobody looks for it, so its lack tells nothing
+                engine.monitor.mark_progress()  # nothing records progress without a watch, so its absence means nothing
         return [engine for engine in self._engines.values() if engine.is_up]
 
     async def _watch(self, engine: _Engine) -> None:
@@ -223,7 +223,7 @@ class _Engine:
         self.num_requests = 0
         self.chosen_at = 0
         self._pool = pool
-        self._pictures: OrderedDict[Hashable, None] = OrderedDict()
+        self._images: OrderedDict[Hashable, None] = OrderedDict()
         self._waits: set[asyncio.Timeout] = set()
         self.monitor = EngineMonitor(
             name,
@@ -238,8 +238,8 @@ class _Engine:
     def is_up(self) -> bool:
         return self.monitor.state is EngineState.UP
 
-    def num_seen(self, pictures: set[Hashable]) -> int:
-        return sum(picture in self._pictures for picture in pictures)
+    def num_seen(self, images: set[Hashable]) -> int:
+        return sum(image in self._images for image in images)
 
     async def complete(self, call: EngineCall) -> dict[str, Any]:
         work = _Work(self, call)
@@ -261,12 +261,12 @@ class _Engine:
             raise
         return _WatchedEventSource(self, source, work)
 
-    def remember(self, pictures: tuple[Hashable, ...]) -> None:
-        for picture in pictures:
-            self._pictures[picture] = None
-            self._pictures.move_to_end(picture)
-        while len(self._pictures) > _NUM_REMEMBERED_PICTURES:
-            self._pictures.popitem(last=False)
+    def remember(self, images: tuple[Hashable, ...]) -> None:
+        for image in images:
+            self._images[image] = None
+            self._images.move_to_end(image)
+        while len(self._images) > _NUM_REMEMBERED_IMAGES:
+            self._images.popitem(last=False)
 
     def waiting(self) -> _Wait:
         """Around whatever only the engine can end."""
@@ -274,11 +274,11 @@ class _Engine:
 
     def _on_change(self) -> None:
         if self.monitor.state is EngineState.DOWN:
-            self._pictures.clear()  # its caches are gone with it
-        self._pool.tell_change()
+            self._images.clear()  # its caches are gone with it
+        self._pool.notify_change()
 
     def _give_up(self) -> None:
-        """End all that waits. Streams that do not wait now, but later, are ended at the next look."""
+        """End all that waits. Streams that do not wait now, but later, are ended at the next probe."""
         now = asyncio.get_running_loop().time()
         for wait in self._waits:
             if not wait.expired():
@@ -294,7 +294,7 @@ class _Work:
         self._is_over = False
         engine.cost += call.cost
         engine.num_requests += 1
-        engine.remember(call.pictures)
+        engine.remember(call.images)
 
     def end(self) -> None:
         """May be called more than once."""

@@ -3,7 +3,7 @@
     connected --header_seconds--> headers --body_seconds--> body --> answer, its bytes taken within send_seconds
 
 A request that is late gets a 408 with OpenAI's error object, one that is not HTTP a 400, and the app sees a disconnect.
-A connection on which nothing was ever sent is closed without a word. Between requests uvicorn's keep-alive time holds.
+A connection on which nothing was ever sent is closed silently. Between requests uvicorn's keep-alive time holds.
 
 Built on uvicorn's h11 protocol, not on the httptools one: h11 comes with uvicorn, bounds the size of headers, and tells
 at any moment which part of a request is awaited. That costs about 20 us for each event of a stream, and 1.5 ms for 1 MB
@@ -134,7 +134,7 @@ class ConnectionGuard(H11Protocol):
     # What the server calls
 
     def cut_off(self, error: GatewayError) -> None:
-        """End the answer that is under way, with `error` where it can still be told."""
+        """End the answer that is under way, with `error` where it can still be sent."""
         if self.cycle is None or self.cycle.response_complete or self._is_refused:
             return
         if self.cycle.response_started and context_of(_scope(self.cycle)).sends_events:
@@ -193,7 +193,7 @@ class ConnectionGuard(H11Protocol):
             return
         seconds = self.limits.send_seconds / 4
 
-        def look() -> None:
+        def probe() -> None:
             now_unsent = self.transport.get_write_buffer_size()
             blocked = 0.0 if now_unsent < num_unsent else blocked_seconds + seconds
             if blocked >= self.limits.send_seconds:
@@ -202,7 +202,7 @@ class ConnectionGuard(H11Protocol):
             else:
                 self._watch_sending(now_unsent, blocked)
 
-        self._send_watch = self.loop.call_later(seconds, look)
+        self._send_watch = self.loop.call_later(seconds, probe)
 
     # Ends
 

@@ -74,7 +74,7 @@ class RecordingMiddleware:
                 await self._app(scope, receive, send_with_id)
         except Exception:
             _log.exception("request %s failed", record.request_id)
-            error = InternalError("the server failed; its log tells more", code="internal_error")
+            error = InternalError("the server failed; see its log", code="internal_error")
             record.mark_failure(error)
             if record.sent_status is None:
                 await error_response(error)(scope, receive, send_with_id)
@@ -82,7 +82,7 @@ class RecordingMiddleware:
                 await send_with_id({"type": "http.response.body", "body": error_event(error), "more_body": False})
         finally:
             if context.refusal is not None:
-                record.mark_failure(context.refusal)  # to the app it looked as if the client had left
+                record.mark_failure(context.refusal)  # to the app it seemed that the client had left
             record.mark_end()
             self._metrics.observe(record, is_work=is_work)
             if record.is_mismatch:

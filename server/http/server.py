@@ -29,7 +29,7 @@ _CANCEL_SECONDS: Final = 2
 """Then uvicorn would cancel what is left, with a traceback for each. Nothing should be."""
 
 _FILES_PER_CONNECTION: Final = 2  # the client's, and one to the engine
-_OTHER_FILES: Final = 256  # fetched pictures, logs, threads' pipes, listeners
+_OTHER_FILES: Final = 256  # fetched images, logs, threads' pipes, listeners
 
 # Scrapers are few, and their requests are a few hundred bytes.
 _METRICS_LIMITS: Final = ConnectionLimits(header_seconds=10, body_seconds=10, send_seconds=10, max_connections=64)
@@ -45,7 +45,7 @@ class HttpServer(uvicorn.Server):
             ws="none",
             lifespan=lifespan,
             log_config=None,
-            log_level="error",  # its warnings tell of clients' mistakes; anybody could fill the log with them
+            log_level="error",  # its warnings report clients' mistakes; anybody could fill the log with them
             access_log=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
@@ -55,7 +55,7 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """None: those of the process also look after the engine."""
+        """None: those of the process also manage the engine."""
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,15 +1,15 @@
-"""A picture in a request: checked, its size known, brought to a form that the engine reads right.
+"""An image in a request: checked, its size known, converted where the engine would misread it.
 
 The engine decodes trustingly (a 48 KB PNG of 400 megapixels is an HTTP 500 there, 16-bit grey turns white, an animation
 silently loses all frames but one), so everything is decided here:
 
 1. decode the base64 text, as strictly as the engine             (data_url.py)
-2. turn away traps, by the file's structure                      (structure.py)
+2. refuse traps, by the file's structure                      (structure.py)
 3. read the header: size, kind, colours, orientation, frames     (Pillow)
-4. a plain picture (8-bit grey or RGB, upright, one frame) in a whole file goes on byte for byte, not decoded at all
-5. any other is decoded; what is not plain then is normalised    (pixels.py) and sent as a bitmap or PNG
+4. a canonical image (8-bit grey or RGB, upright, one frame) in a whole file is passed on byte for byte, undecoded
+5. any other is decoded; what is not canonical is normalised     (pixels.py) and sent as a bitmap or PNG
 
-Damage inside the compressed pixels of a plain picture, with nothing missing and all checksums right, is found by the
+Damage inside the compressed pixels of a canonical image, with nothing missing and all checksums right, is found by the
 engine only; it answers 400. Colour profiles are ignored, as the engine ignores them.
 
 These functions block; the caller runs them in a thread. Pillow lets go of the interpreter lock while it decodes.
@@ -30,7 +30,7 @@ from server.images.structure import BoundedFile, BrokenImageError, is_whole
 from server.settings import Settings
 
 _TURNED: Final = range(2, 9)
-"""EXIF orientations that change the picture; 1 is upright, others are invalid and ignored by every reader."""
+"""EXIF orientations that change the image; 1 is upright, others are invalid and ignored by every reader."""
 
 _ENGINE_ORDER: Final = ("FLI", "GBR", "IM", "IMT", "IPTC", "JPEG", "PCD", "PNG", "SPIDER", "TGA", "WEBP")
 """The engine tries its formats by name (vllm/multimodal/image.py), and some are recognised by next to nothing. A file
@@ -39,10 +39,10 @@ that is a JPEG, PNG or WebP here must not be another one there; these are those 
 
 @dataclass(frozen=True, slots=True)
 class CheckedImage:
-    """A picture within the limits.
+    """An image within the limits.
 
     `url` is what the engine gets; height and width as the model sees them, turned upright. `num_bytes` is the size of
-    the file as it came, and `passed_through` tells that the engine gets that file.
+    the file as it came, and with `passed_through` the engine gets that file.
     """
 
     height: int
@@ -53,13 +53,13 @@ class CheckedImage:
 
 
 def check_image(url: str, settings: Settings, param: str) -> CheckedImage:
-    """Take a picture from its data URL.
+    """Take an image from its data URL.
 
     Args:
         param: path of the URL in the request, for the error object.
 
     Raises:
-        InvalidRequestError: not a data URL, not a picture, broken, animated, or with too many pixels.
+        InvalidRequestError: not a data URL, not an image, broken, animated, or with too many pixels.
         PayloadTooLargeError: too many bytes.
     """
     source = read_data_url(url, settings.max_image_bytes, param)
@@ -67,7 +67,7 @@ def check_image(url: str, settings: Settings, param: str) -> CheckedImage:
 
 
 def check_image_bytes(data: bytes, settings: Settings, param: str) -> CheckedImage:
-    """Take a picture from its file. Arguments and errors as for `check_image`."""
+    """Take an image from its file. Arguments and errors as for `check_image`."""
     check_num_bytes(len(data), settings.max_image_bytes, param)
     return _check(data, None, settings, param)
 
@@ -79,22 +79,22 @@ def _check(data: bytes, source: DataUrl | None, settings: Settings, param: str) 
         raise InvalidRequestError(f"the image {what}", param=param, code="invalid_image")
     try:
         whole = is_whole(data, kind)
-        picture = _open(data, kind)
-        _check_size(picture, settings, param)
-        _check_single(picture, param)
-        passes = whole and _is_plain(picture, _orientation(picture)) and _is_kind_for_engine(data)
+        image = _open(data, kind)
+        _check_size(image, settings, param)
+        _check_single(image, param)
+        passes = whole and _is_canonical(image, _orientation(image)) and _is_kind_for_engine(data)
         if not passes:
             # Anew, since what Pillow has read of the orientation so far it would not read again.
-            picture = _open(data, kind)
-            picture.load()
-            orientation = _orientation(picture)
-            passes = _is_plain(picture, orientation) and _is_kind_for_engine(data)
+            image = _open(data, kind)
+            image.load()
+            orientation = _orientation(image)
+            passes = _is_canonical(image, orientation) and _is_kind_for_engine(data)
         if passes:
             url = source.as_kind(kind) if source else write_data_url(kind, data)
-            return CheckedImage(picture.height, picture.width, url, len(data), passed_through=True)
-        image = normalise(picture, orientation or 1, data[24] if kind == "PNG" else 8)
-        height, width = image.height, image.width
-        return CheckedImage(height, width, write_data_url(*to_file(image)), len(data), passed_through=False)
+            return CheckedImage(image.height, image.width, url, len(data), passed_through=True)
+        canonical = normalise(image, orientation or 1, data[24] if kind == "PNG" else 8)
+        height, width = canonical.height, canonical.width
+        return CheckedImage(height, width, write_data_url(*to_file(canonical)), len(data), passed_through=False)
     except (GatewayError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -135,9 +135,9 @@ def _is_kind_for_engine(data: bytes) -> bool:
         return False
 
 
-def _check_size(picture: Image.Image, settings: Settings, param: str) -> None:
+def _check_size(image: Image.Image, settings: Settings, param: str) -> None:
     """From the header alone: nothing has been decoded yet."""
-    width, height = picture.size
+    width, height = image.size
     if width * height > settings.max_image_pixels:
         raise InvalidRequestError(
             f"the image has {width} x {height} pixels; at most {settings.max_image_pixels} in all are accepted",
@@ -153,29 +153,29 @@ def _check_size(picture: Image.Image, settings: Settings, param: str) -> None:
         )
 
 
-def _check_single(picture: Image.Image, param: str) -> None:
-    # MPO is what some cameras write: a JPEG followed by previews of the same scene. Its first frame is the picture.
-    if picture.format != "MPO" and getattr(picture, "is_animated", False):
+def _check_single(image: Image.Image, param: str) -> None:
+    # MPO is what some cameras write: a JPEG followed by previews of the same scene. Its first frame is the image.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
         raise InvalidRequestError(
             "the image is animated; send the frame that is meant", param=param, code="invalid_image"
         )
 
 
-def _is_plain(picture: Image.Image, orientation: int | None) -> bool:
+def _is_canonical(image: Image.Image, orientation: int | None) -> bool:
     return (
-        picture.mode in ("L", "RGB")
-        and picture.format in ("JPEG", "MPO", "PNG", "WEBP")
-        and not picture.has_transparency_data
+        image.mode in ("L", "RGB")
+        and image.format in ("JPEG", "MPO", "PNG", "WEBP")
+        and not image.has_transparency_data
         and orientation == 1
     )
 
 
-def _orientation(picture: Image.Image) -> int | None:
-    """1 for upright, 2..8 for turned, None if the EXIF block is broken (the picture is then taken as it is)."""
+def _orientation(image: Image.Image) -> int | None:
+    """1 for upright, 2..8 for turned, None if the EXIF block is broken (the image is then taken as it is)."""
     try:
         # Not the PNG reader's own method, which decodes the pixels to find a block behind them.
-        value = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:
-        # As for the pixels: a broken block can raise anything, and here it need not cost the picture.
+        # As for the pixels: a broken block can raise anything, and here it need not cost the image.
         return None
     return value if value in _TURNED else 1

@@ -1,4 +1,4 @@
-"""Pictures as base64 data URLs: read from the request, written for the engine."""
+"""Images as base64 data URLs: read from the request, written for the engine."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check_num_bytes(num_bytes: int, max_bytes: int, param: str) -> None:
 
 
 def write_data_url(kind: str, data: bytes | memoryview) -> str:
-    """The data URL of a picture's file; in pieces, since a large picture would otherwise be held four times over."""
+    """The data URL of an image's file; in pieces, since a large image would otherwise be held four times over."""
     url = bytearray(_head(kind), "ascii")
     for start in range(0, len(data), _STEP):
         url += pybase64.b64encode(data[start : start + _STEP])

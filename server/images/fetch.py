@@ -1,13 +1,13 @@
-"""Pictures that a request names by URL, fetched from the public internet and nowhere else.
+"""Images that a request names by URL, fetched from the public internet and nowhere else.
 
 1. read the URL                                           (url.py)
 2. resolve its host once, and check every address         (addresses.py)
 3. connect to a checked address: no second resolution that could answer otherwise
 4. follow redirects by hand, each from step 1
-5. read the picture, up to its limit
+5. read the image, up to its limit
 
 All of it within one time limit. No proxy, cookie, credential or kept connection takes part. Whatever goes wrong after
-step 1 is one sentence to the client, else the server could be used to look around where it stands; the operator's log
+step 1 is one sentence to the client, else the server could be used to probe its own network; the operator's log
 has the reason. How long a failure takes is not hidden.
 """
 
@@ -49,7 +49,7 @@ _log = logging.getLogger("visiondrop")
 
 
 class ImageFetcher:
-    """Fetches pictures, a bounded number at a time.
+    """Fetches images, a bounded number at a time.
 
     Args:
         resolve, is_allowed, ssl_context: seams for tests; servers leave them alone.
@@ -82,12 +82,12 @@ class ImageFetcher:
 
         Args:
             param: path of the URL in the request, for the error object.
-            hold: told of every number of bytes that has come; what it raises ends the fetch.
+            hold: called with the size of every chunk that arrives; what it raises ends the fetch.
 
         Raises:
             ImageUnavailableError: the URL is not admitted, or does not lead to a public server that sends a file.
             PayloadTooLargeError: the file has too many bytes.
-            OverloadedError: too many pictures are being fetched.
+            OverloadedError: too many images are being fetched.
         """
         if not self._settings.fetch_images:
             raise ImageUnavailableError(

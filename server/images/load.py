@@ -43,7 +43,7 @@ class ImageLoader:
                     for item in requested
                 ]
         except ExceptionGroup as failures:
-            # The first to fail has ended the others; the client is told of one.
+            # The first to fail has ended the others; one is reported to the client.
             raise failures.exceptions[0] from None
         # One after the other within a request, so that a big one cannot keep all the threads for itself.
         images = []

@@ -1,4 +1,4 @@
-"""Pictures of any kind brought to what a model takes: 8-bit grey or RGB, upright, on white.
+"""Images of any kind brought to what a model takes: 8-bit grey or RGB, upright, on white.
 
 Done in bands, so that no more than source and result is ever held whole: 8 bytes a pixel, since Pillow keeps RGB in
 four.
@@ -29,29 +29,29 @@ _MAX_BITMAP_PIXELS: Final = 16_000_000
 """What phones take; 48 MB."""
 
 
-def normalise(picture: Image.Image, orientation: int, bit_depth: int) -> Image.Image:
-    """A plain picture in place of `picture`, which is closed to free its memory.
+def normalise(image: Image.Image, orientation: int, bit_depth: int) -> Image.Image:
+    """A canonical image in place of `image`, which is closed to free its memory.
 
     Args:
         orientation: EXIF's, 1 to 8.
         bit_depth: bits of a sample in the file; Pillow widens some without widening the transparent colour.
     """
-    _mend_transparency(picture, bit_depth)
-    if picture.mode in ("L", "RGB") and "transparency" not in picture.info:
-        plain = picture
+    _fix_transparency(image, bit_depth)
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        canonical = image
     else:
-        plain = _flatten(picture)
-        picture.close()
+        canonical = _flatten(image)
+        image.close()
     if orientation in _TURNS:
-        turned = plain.transpose(_TURNS[orientation])
-        plain.close()
-        plain = turned
-    plain.info = {}  # else Pillow would write EXIF and colour profile along
-    return plain
+        turned = canonical.transpose(_TURNS[orientation])
+        canonical.close()
+        canonical = turned
+    canonical.info = {}  # else Pillow would write EXIF and colour profile along
+    return canonical
 
 
 def to_file(image: Image.Image) -> tuple[str, memoryview]:
-    """The picture as a file for the engine, and the file's kind. It is closed.
+    """The image as a file for the engine, and the file's kind. It is closed.
 
     It only travels to the engine: a bitmap costs a twentieth of a PNG's time (12 megapixels, 0.05 s and 1 s), and less
     to decode. Above some size its bytes would cost more memory than that is worth; then PNG in runs only, which on
@@ -67,26 +67,26 @@ def to_file(image: Image.Image) -> tuple[str, memoryview]:
     return kind, buffer.getbuffer()
 
 
-def _mend_transparency(picture: Image.Image, bit_depth: int) -> None:
+def _fix_transparency(image: Image.Image, bit_depth: int) -> None:
     """Bring the one transparent colour of a PNG (tRNS) to the range in which Pillow gives the pixels."""
-    color = picture.info.get("transparency")
+    color = image.info.get("transparency")
     if isinstance(color, str):
-        del picture.info["transparency"]  # a text chunk of that name
-    elif picture.mode == "L" and isinstance(color, int) and bit_depth < 8:
-        picture.info["transparency"] = color * 255 // (2**bit_depth - 1)
-    elif picture.mode == "RGB" and isinstance(color, tuple) and bit_depth == 16:
+        del image.info["transparency"]  # a text chunk of that name
+    elif image.mode == "L" and isinstance(color, int) and bit_depth < 8:
+        image.info["transparency"] = color * 255 // (2**bit_depth - 1)
+    elif image.mode == "RGB" and isinstance(color, tuple) and bit_depth == 16:
         # Pillow keeps the high byte of each sample; two colours with the same high bytes cannot be told apart.
-        picture.info["transparency"] = tuple(sample >> 8 for sample in color)
+        image.info["transparency"] = tuple(sample >> 8 for sample in color)
 
 
-def _flatten(picture: Image.Image) -> Image.Image:
-    opaque = not picture.has_transparency_data
-    grey = picture.mode.startswith("I") or (opaque and picture.mode in ("1", "L"))
-    width, height = picture.size
-    flat = Image.new("L" if grey else "RGB", picture.size, "white")
+def _flatten(image: Image.Image) -> Image.Image:
+    opaque = not image.has_transparency_data
+    grey = image.mode.startswith("I") or (opaque and image.mode in ("1", "L"))
+    width, height = image.size
+    flat = Image.new("L" if grey else "RGB", image.size, "white")
     rows = max(1, _BAND_PIXELS // width)
     for top in range(0, height, rows):
-        band = picture.crop((0, top, width, min(top + rows, height)))
+        band = image.crop((0, top, width, min(top + rows, height)))
         if band.mode.startswith("I"):
             _paste_16_bit(flat, band, top)
         elif opaque:

@@ -1,4 +1,4 @@
-"""What a picture's file shows without decoding its pixels: whether it is whole, and whether it is a trap.
+"""What an image's file shows without decoding its pixels: whether it is whole, and whether it is a trap.
 
 Readers walk a file's segments one by one, and slowly; a file of millions of empty ones, or a JPEG that paints the same
 50 megapixels a million times over, holds a processor for hours. Such files are refused here, before any reader.
@@ -32,7 +32,7 @@ _PNG_HARMLESS: Final = frozenset(
 )
 """Chunks that change nothing about the pixels as the engine reads them, wherever they stand."""
 _PNG_KEYWORDS: Final = re.compile(rb"(?:transparency|exif|xmp|interlace|bbox|default_image|XML:|Raw profile)", re.I)
-"""Keywords of text that Pillow takes for properties of the picture."""
+"""Keywords of text that Pillow takes for properties of the image."""
 _MAX_DEFLATE_RATIO: Final = 1032
 
 _JPEG_MARKER: Final = re.compile(rb"\xff([^\x00\xff])")
@@ -69,7 +69,7 @@ class BoundedFile(BytesIO):
 def is_whole(data: bytes, kind: str) -> bool:
     """Whether a file is complete and of ordinary structure, so that it need not be decoded to be trusted.
 
-    False says only that there is a doubt. The pixels themselves are not looked at.
+    False says only that there is a doubt. The pixels themselves are not examined.
 
     Args:
         kind: Pillow's name of the format.
@@ -124,7 +124,7 @@ def _is_whole_jpeg(data: bytes) -> bool:
     """Walk all segments, those between scans included, and let the real decoder judge them.
 
     The decoder sees the file's own tables and scan headers with a frame of 8 x 8 pixels and no pixel data, which takes
-    it no time, whatever the size of the picture. (It takes missing pixel data for grey.)
+    it no time, whatever the size of the image. (It takes missing pixel data for grey.)
     """
     probe = [b"\xff\xd8"]
     position, num_scans, num_junk, num_joined, ordinary, pattern = 2, 0, 0, 0, True, _JPEG_MARKER
@@ -172,6 +172,6 @@ def _decodes(jpeg: bytes) -> bool:
     try:
         Image.open(BytesIO(jpeg), formats=("JPEG",)).load()
     except Exception:
-        # As everywhere, Pillow may raise anything; the whole file is decoded then, and the error told.
+        # As everywhere, Pillow may raise anything; the whole file is decoded then, and the error reported.
         return False
     return True

@@ -1,4 +1,4 @@
-"""The URL of a picture, and what this server's settings say of it. Nothing is looked up here."""
+"""The URL of an image, checked against this server's settings. Nothing is resolved here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ImageUrlError(ValueError):
 
 
 def parse_image_url(text: str, settings: Settings, base: httpx.URL | None = None) -> httpx.URL:
-    """Read a picture's URL. What comes back is all that later steps look at, so that none can read it differently.
+    """Read an image's URL. Later steps use only what is returned, so that none can read the URL differently.
 
     Args:
         base: what a relative URL is relative to, for redirects.
@@ -45,7 +45,7 @@ def parse_image_url(text: str, settings: Settings, base: httpx.URL | None = None
     host = url.raw_host.decode("ascii").removesuffix(".")
     if not (_NAME.fullmatch(host) or (":" in host and "%" not in host)):
         raise ImageUrlError("the image's URL has no valid host name or address")
-    # Below 1024 are other protocols, whose servers nobody may make us knock at. Above, pictures do live.
+    # Below 1024 are other protocols, whose servers no client may make us contact. Above, images are served.
     port = port_of(url)
     if port not in _DEFAULT_PORTS.values() and not 1024 <= port <= 65535:
         raise ImageUrlError("the port in the image's URL must be 80, 443, or one from 1024 to 65535")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 ERROR_PREFIX: Final = "visiondrop: error: "
-"""How vd_plugin.engine begins the sentence that it leaves behind when its input is bad."""
+"""How the gateway's commands begin the sentence about a failure, and vd_plugin.engine the one about bad input."""
 
 _TAIL_BYTES: Final = 64 * 1024
 
@@ -23,7 +23,7 @@ _ACTIVITIES: Final = (
     (re.compile(r"torch\.compile|Dynamo bytecode"), "compiling"),
     (re.compile(r"[Cc]aptur\w+ CUDA graphs?[^%]*?(?P<progress>\d+%)?"), "capturing CUDA graphs"),
     (re.compile(r"init engine|[Ww]arming up|Warmup"), "warming up"),
-    (re.compile(r"Starting vLLM server|Application startup complete"), "opening its door"),
+    (re.compile(r"Starting vLLM server|Application startup complete"), "starting the HTTP server"),
 )
 
 _EXCEPTION_LINE: Final = re.compile(r"\b(?:\w+\.)*[A-Z]\w*(?:Error|Exception): \S.*")

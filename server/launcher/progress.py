@@ -25,7 +25,7 @@ class Progress:
         return time.monotonic() - self._started
 
     def show(self, detail: str) -> None:
-        """Tell what is going on. Elsewhere than on a terminal: when it is news, or after a while."""
+        """Report what is going on. Elsewhere than on a terminal: when it is news, or after a while."""
         line = f"{self._what}: {self.elapsed_seconds:.0f} s, {detail}"
         if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1

@@ -1,7 +1,7 @@
 """`visiondrop serve` and `visiondrop gateway`: the HTTP server's life, from the free port to the clean stop.
 
-1. The ports are taken, so that a conflict is told before an engine loads.
-2. The engine is started, or looked for, and waited for.
+1. The ports are taken, so that a conflict is reported before an engine loads.
+2. The engine is started, or contacted, and waited for.
 3. Requests are served. A child engine that stops is started again (supervisor.py).
 4. The first SIGINT or SIGTERM begins the drain: newcomers get a 503, what is in flight may finish within the grace
    time, and is cut off then.
@@ -29,13 +29,14 @@ from server.errors import EngineFailedError, EngineUnreachableError, GatewayErro
 from server.http.connection import ConnectionLimits
 from server.http.listener import Address, StartError, bound_socket, url_of, why_not_bound
 from server.http.server import HttpServer, allowed_connections, serve_metrics, silence_late_results
+from server.launcher.log import ERROR_PREFIX
 from server.launcher.progress import Progress
 from server.launcher.supervisor import Backoff, Supervisor
 from server.settings import Settings
 
 _POLL_SECONDS: Final = 0.3
 _OTHERS_SECONDS: Final = 1.0
-"""What other engines get to answer, too, before it is told which do not."""
+"""What other engines get to answer, too, before those that do not are reported."""
 
 BACKOFF: Final = Backoff()
 
@@ -43,7 +44,7 @@ BACKOFF: Final = Backoff()
 def run_serve(
     settings: Settings, address: Address, engine_command: Sequence[str], engine_log_path: Path | None = None
 ) -> None:
-    """Start the engine as a child and serve it until told to stop.
+    """Start the engine as a child and serve it until stopped.
 
     Args:
         engine_command: program and arguments; `--uds SOCKET` is added.
@@ -59,7 +60,7 @@ def run_gateway(settings: Settings, address: Address, engine_urls: Sequence[str]
     """Serve engines that somebody else runs, once one of them answers.
 
     Raises:
-        StartError: a port is taken, a URL is none or is there twice, or no engine answers and fits.
+        StartError: a port is taken, a URL is invalid or duplicated, or no engine answers and fits.
     """
     with _bound_sockets(settings, address) as listeners:
         asyncio.run(_serve_remote(settings, listeners, engine_urls))
@@ -92,7 +93,7 @@ async def _serve_child(
         say(f"engine ready after {progress.elapsed_seconds:.0f} s, its log: {supervisor.log_path}")
 
         async def is_ready() -> bool:
-            await pool.check()  # at once, instead of at its next look
+            await pool.check()  # at once, instead of at its next probe
             return pool.is_up("0")
 
         watch = supervisor.run(is_ready, settings.engine_start_timeout_seconds)
@@ -123,11 +124,11 @@ def _clients_of(urls: Sequence[str]) -> dict[str, HttpEngineClient]:
     """Clients of the engines, named "0", "1", ...
 
     Raises:
-        StartError: a URL is none, or is there twice.
+        StartError: a URL is invalid or duplicated.
     """
     for number, url in enumerate(urls):
         if url.rstrip("/") in {other.rstrip("/") for other in urls[:number]}:
-            raise StartError(f"the engine {url} is given twice")
+            raise StartError(f"the engine {url} is duplicated")
     try:
         return {str(number): HttpEngineClient.at(url) for number, url in enumerate(urls)}
     except ValueError as error:
@@ -135,7 +136,7 @@ def _clients_of(urls: Sequence[str]) -> dict[str, HttpEngineClient]:
 
 
 async def _wait_any_ready(engines: Mapping[str, HttpEngineClient], settings: Settings, progress: Progress) -> None:
-    """Return when one engine answers and fits, and tell which others do not, by their URLs.
+    """Return when one engine answers and fits, and report which others do not, by their URLs.
 
     Raises:
         StartError: none does.
@@ -197,7 +198,7 @@ async def _serve_until(
     pool: EnginePool,
     watch: Coroutine[None, None, None] | None = None,
 ) -> None:
-    """Serve until told to stop; requests in flight are given some time to end. `watch` runs until then."""
+    """Serve until stopped; requests in flight are given some time to end. `watch` runs until then."""
     drain = Drain()
     app = create_app(settings, pool, drain)
     limits = ConnectionLimits.of(settings, allowed_connections(settings.max_connections))
@@ -234,7 +235,7 @@ def _requests(number: int) -> str:
 
 
 async def _announce(server: HttpServer, pool: EnginePool, url: str, listeners: _Listeners) -> None:
-    """Say what is served where, once it is; never returns."""
+    """Report what is served where, once it is; never returns."""
     while not server.started:  # noqa: ASYNC110  # uvicorn offers no event
         await asyncio.sleep(0.02)
     await pool.check()
@@ -270,7 +271,7 @@ def _stop_on_signals(kill: Callable[[], None]) -> asyncio.Event:
             kill()
             os._exit(130)
         stop.set()
-        say("stopping (once more to stop at once)")
+        say("shutting down; press Ctrl-C again to force quit")
 
     loop = asyncio.get_running_loop()
     silence_late_results(loop)
@@ -296,6 +297,11 @@ def _bound_sockets(settings: Settings, address: Address) -> Generator[_Listeners
         yield _Listeners(main, metrics)
 
 
+def say_error(sentence: object) -> None:
+    """Why a command fails."""
+    print(f"{ERROR_PREFIX}{sentence}", file=sys.stderr)
+
+
 def say(sentence: str) -> None:
-    """Tell the person at the terminal; standard output is for the request log."""
+    """For the person at the terminal; standard output is for the request log."""
     print(f"visiondrop: {sentence}", file=sys.stderr, flush=True)

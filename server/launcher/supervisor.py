@@ -3,7 +3,7 @@
     start -> ready -> stopped -> back-off -> started again -> ready -> ...
 
 The gateway stays up meanwhile and turns requests away. The first start is different: an engine that does not come up
-then has bad input, and another try would not mend that.
+then has bad input, and another try would not fix that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Backoff:
 
 
 class Supervisor:
-    """An engine that is kept running. `tell` takes the sentences for the person at the terminal."""
+    """An engine that is kept running. `notify` takes the sentences for the person at the terminal."""
 
     def __init__(
         self,
@@ -48,17 +48,17 @@ class Supervisor:
         folder: EngineFolder,
         process: EngineProcess,
         backoff: Backoff,
-        tell: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._command = command
         self._folder = folder
         self._process = process
         self._backoff = backoff
-        self._tell = tell
+        self._notify = notify
 
     @classmethod
     async def start(
-        cls, command: Sequence[str], log_path: Path | None, backoff: Backoff, tell: Callable[[str], None]
+        cls, command: Sequence[str], log_path: Path | None, backoff: Backoff, notify: Callable[[str], None]
     ) -> Supervisor:
         """Start the engine for the first time.
 
@@ -71,7 +71,7 @@ class Supervisor:
         except BaseException:
             folder.remove()
             raise
-        return cls(command, folder, process, backoff, tell)
+        return cls(command, folder, process, backoff, notify)
 
     @property
     def url(self) -> str:
@@ -117,8 +117,8 @@ class Supervisor:
                 num_failures = 0
             num_failures += 1
             pause = self._backoff.pause_seconds(num_failures)
-            self._tell(self.describe_exit(while_loading=ready_at is None))
-            self._tell(f"the engine is started again in {pause:g} s")
+            self._notify(self.describe_exit(while_loading=ready_at is None))
+            self._notify(f"the engine is started again in {pause:g} s")
             await self._process.stop()  # processes that it left behind
             await asyncio.sleep(pause)
             ready_at = await self._start_again(is_ready, start_timeout_seconds)
@@ -129,15 +129,15 @@ class Supervisor:
         try:
             self._process = await EngineProcess.start(self._command, self._folder)
         except OSError as error:
-            self._tell(f"the engine cannot be started: {error}")
+            self._notify(f"the engine cannot be started: {error}")
             return None
         while not self._process.has_exited():
             if await is_ready():
                 now = time.monotonic()
-                self._tell(f"engine ready again after {now - began:.0f} s, its log: {self.log_path}")
+                self._notify(f"engine ready again after {now - began:.0f} s, its log: {self.log_path}")
                 return now
             if time.monotonic() - began > timeout_seconds:
-                self._tell(f"the engine was not ready again after {timeout_seconds:g} s")
+                self._notify(f"the engine was not ready again after {timeout_seconds:g} s")
                 await self._process.stop()
             await asyncio.sleep(_POLL_SECONDS)
         return None

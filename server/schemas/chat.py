@@ -35,19 +35,19 @@ class RefusalPart(BaseModel):
 
 
 class ImageFields(BaseModel):
-    """What an image may say of its cost, on any route."""
+    """What a request may set for one image, on any route."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     detail: Literal["auto", "low", "high", "original", "full"] | None = None
-    """OpenAI's word for how closely to look; `visual_token_budget` goes before it."""
+    """OpenAI's level of detail; `visual_token_budget` takes precedence."""
     visual_token_budget: BudgetField | None = None
-    """For this picture alone."""
+    """For this image alone."""
 
 
 class ImageUrl(ImageFields):
     url: StrictStr
-    """A data URL (data:image/png;base64,...) or, where the server fetches pictures, an https: URL."""
+    """A data URL (data:image/png;base64,...) or, where the server fetches images, an https: URL."""
 
 
 class ImagePart(BaseModel):

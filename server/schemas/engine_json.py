@@ -11,7 +11,7 @@ from server.errors import InvalidRequestError
 
 
 class Slots:
-    """Stands in a payload for the data URLs of checked pictures (images/data_url.py).
+    """Stands in a payload for the data URLs of checked images (images/data_url.py).
 
     They are megabytes that need no escaping, and are put in when the rest is JSON.
     """

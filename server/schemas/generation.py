@@ -89,7 +89,7 @@ class RepetitionDetection(BaseModel):
 
 
 class GenerationRequest(RequestBody):
-    """A request for an answer of the model. A route's own class adds its fields and says what is in them."""
+    """A request for an answer of the model. A route's own class adds its fields and knows what is in them."""
 
     text_fields: ClassVar[tuple[str, ...]]
     """The fields whose text reaches the prompt; the first is the one that holds the images, if the route has any."""

@@ -1,4 +1,4 @@
-"""LLaVA's prompts hold `<image>` where a picture goes. As text in a request it would take the place of a picture."""
+"""LLaVA's prompts hold `<image>` where an image goes. As text in a request it would take the place of an image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _URLS: Final = ("image_url", "input_image")
 
 
 def refuse_markers(value: Any, param: str) -> None:
-    """For a request with pictures: no text in it may hold the marker. vLLM would put the first picture there.
+    """For a request with images: no text in it may hold the marker. vLLM would put the first image there.
 
-    Without pictures the marker is a token like any other.
+    Without images the marker is a token like any other.
 
     Raises:
         InvalidRequestError: some text holds it; its path begins with `param`.
@@ -23,8 +23,8 @@ def refuse_markers(value: Any, param: str) -> None:
     if steps is not None:
         path = param + steps
         raise InvalidRequestError(
-            f"{path} holds {MARKER!r}, which stands for a picture in this model's prompts; "
-            "with pictures in the request it cannot be text, too",
+            f"{path} holds {MARKER!r}, which stands for an image in this model's prompts; "
+            "it cannot be used as text in a request with images",
             param=path,
         )
 
@@ -44,8 +44,8 @@ def _find(value: Any) -> str | None:
                 return f".{name}{steps}"
     elif isinstance(value, list):
         for place, item in enumerate(value):
-            is_picture = isinstance(item, dict) and item.get("type") in _URLS
-            if not is_picture and (steps := _find(item)) is not None:
+            is_image = isinstance(item, dict) and item.get("type") in _URLS
+            if not is_image and (steps := _find(item)) is not None:
                 return f"[{place}]{steps}"
         # Templates join the parts of a turn.
         texts = (part.get("text") for part in value if isinstance(part, dict))

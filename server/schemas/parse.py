@@ -86,8 +86,7 @@ def _check_number_of_values(body: bytes) -> None:
     num_members = sum(map(body.count, (b"{", b"[", b":")))
     if num_members > MAX_MEMBERS or body.count(b",") > MAX_VALUES:
         raise PayloadTooLargeError(
-            f"the request body has too many values: at most {MAX_MEMBERS} of the signs '{{', '[' and ':' together, "
-            f"and {MAX_VALUES} commas, are accepted",
+            f"the request body is too complex (limit: {MAX_MEMBERS:,} objects, lists and keys; {MAX_VALUES:,} values)",
             code="too_many_values",
         )
 

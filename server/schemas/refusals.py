@@ -67,7 +67,7 @@ _FOREIGN_BUDGETS: Final = frozenset(
         "vision_token_budget",
     }
 )
-"""By these names other servers and models are told how closely to look at a picture."""
+"""What other servers and models call the image token budget, or the resolution."""
 
 
 _LONGEST_NAME: Final = 64
@@ -81,10 +81,10 @@ def refusal(name: str, known: Collection[str]) -> str:
         return f"{name!r} has no effect on this route; leave it out"
     if name in _FOREIGN_BUDGETS:
         if "visual_token_budget" in known:
-            return f"unknown field {name!r}: use 'visual_token_budget' to choose how closely pictures are looked at"
-        return f"unknown field {name!r}: there are no pictures on this route"
+            return f"unknown field {name!r}; use 'visual_token_budget' to set the image token budget"
+        return f"unknown field {name!r}; this route takes no images"
     if name == "visual_token_budget":
-        return "'visual_token_budget' needs a picture, and there are none on this route"
+        return "'visual_token_budget' needs an image, and this route takes no images"
     # It would take seconds and gigabytes for a name of megabytes.
     close = difflib.get_close_matches(name, sorted(known), n=1) if len(name) <= _LONGEST_NAME else []
     return f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -52,7 +52,7 @@ def _no_file(value: object) -> None:
 class InputImage(ImageFields):
     type: Literal["input_image"]
     image_url: StrictStr
-    """A data URL (data:image/png;base64,...) or, where the server fetches pictures, an https: URL."""
+    """A data URL (data:image/png;base64,...) or, where the server fetches images, an https: URL."""
     file_id: Annotated[None, BeforeValidator(_no_file)] = None
 
 

@@ -38,7 +38,7 @@ class Metrics:
         build.info({"version": package_version(), "rule_version": str(RULE_VERSION)})
         self._requests = self._counter("requests", "Requests by outcome.", "route", "code", "budget_class")
         self._rejections = self._counter("rejections", "Requests turned away, by reason.", "reason")
-        self._images = self._counter("images", "Pictures that an engine took.", "budget_class")
+        self._images = self._counter("images", "Images that an engine took.", "budget_class")
         self._full = self._counter("visual_tokens_full", "Visual tokens of the stock model.", "budget_class")
         self._kept = self._counter("visual_tokens_kept", "Visual tokens a decoder layer held.", "budget_class")
         self._saved = self._counter("visual_tokens_saved", "Visual tokens saved: full - kept.", "budget_class")
@@ -51,9 +51,9 @@ class Metrics:
             "time_to_first_token_seconds", "Time from a streaming request's arrival to its first token."
         )
         self._inter_token = self._histogram("inter_token_seconds", "Time between two parts of a streamed answer.")
-        self._fetch = self._histogram("image_fetch_seconds", "Time to fetch a picture from its URL.")
+        self._fetch = self._histogram("image_fetch_seconds", "Time to fetch an image from its URL.")
         self._decode = self._histogram(
-            "image_decode_seconds", "Time to check a picture and make it plain, waiting for a thread included."
+            "image_decode_seconds", "Time to check and normalise an image, waiting for a thread included."
         )
         self._queue = self._histogram("queue_seconds", "Time in the queue before an engine.")
         self.inflight = Gauge("visiondrop_inflight_requests", "Requests being served.", registry=self.registry)
@@ -64,11 +64,11 @@ class Metrics:
         self._make_series()
 
     def watch_queue(self, depth: Callable[[], int]) -> None:
-        """Read the queue's depth from here whenever metrics are asked for."""
+        """Read the queue's depth from here whenever metrics are requested."""
         self._queue_depth.set_function(depth)
 
     def watch_engine(self, name: str, is_up: Callable[[], bool]) -> None:
-        """Read the engine's state from here whenever metrics are asked for."""
+        """Read the engine's state from here whenever metrics are requested."""
         self._engine_up.labels(name).set_function(is_up)
 
     def observe(self, record: RequestRecord, *, is_work: bool) -> None:
@@ -115,7 +115,7 @@ class Metrics:
     def _make_series(self) -> None:
         for route in paths.WORK:
             for code in _CODES:
-                for label in CLASSES if route in paths.PICTURES else ("none",):
+                for label in CLASSES if route in paths.IMAGES else ("none",):
                     self._requests.labels(route, code, label)
         for reason in REJECTION_REASONS:
             self._rejections.labels(reason)

@@ -138,7 +138,7 @@ class RequestRecord:
 
     @property
     def prefill_flops_saved(self) -> int:
-        """Against the stock model on the same prompt; 0 until the engine has told the prompt's length."""
+        """Against the stock model on the same prompt; 0 until the engine has reported the prompt's length."""
         if self.geometry is None or self.prompt_tokens is None:
             return 0
         text_tokens = max(self.prompt_tokens - self.image_tokens, 0)
@@ -165,7 +165,7 @@ class RequestRecord:
         return visual_tokens(self.schedules).model_dump()
 
     def headers(self) -> dict[str, str]:
-        """What is known before the first token: the sums, and the budget that was applied to each picture."""
+        """What is known before the first token: the sums, and the budget that was applied to each image."""
         budgets = ", ".join(str(schedule.effective_budget) for schedule in self.schedules)
         return {
             **({HEADER: budgets} if budgets else {}),
@@ -175,7 +175,7 @@ class RequestRecord:
         }
 
     def log_fields(self) -> dict[str, Any]:
-        """The log line. Neither prompts nor pictures are in it."""
+        """The log line. Neither prompts nor images are in it."""
         usage = self.engine_usage or {}
         return {
             "time": datetime.fromtimestamp(self.arrived, UTC).isoformat(timespec="milliseconds"),

@@ -1,4 +1,4 @@
-"""W3C trace context: handed on to the engine, which traces if it was told to (`--otlp-traces-endpoint`)."""
+"""W3C trace context: handed on to the engine, which traces if it is configured to (`--otlp-traces-endpoint`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces over OTLP, for who switches them on. Without, a request's W3C trace context is handed on all the same.
+"""Traces over OTLP. Optional. Without it, a request's W3C trace context still reaches the engine.
 
 Where spans go, and how many, is said by OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME,
 OTEL_TRACES_SAMPLER, ...). vLLM adds its spans to the same trace when it runs with `--otlp-traces-endpoint`.
@@ -33,7 +33,7 @@ class Tracing(Protocol):
 def make_tracing(settings: Settings) -> Tracing:
     """
     Raises:
-        ValueError: traces are wanted, and the packages for it are missing.
+        ValueError: traces are enabled, and the packages for them are missing.
     """
     if not settings.tracing:
         return HandOn()

@@ -134,7 +134,7 @@ def test_wrong_engine_url_gets_a_sentence(capsys: pytest.CaptureFixture[str]) ->
 def test_engine_that_is_given_twice_gets_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     engines = ("--engine", "http://a:1", "--engine", "unix:/b", "--engine", "http://a:1/")
     assert run("gateway", "--port", "0", *engines) == 1
-    assert capsys.readouterr().err == "visiondrop: error: the engine http://a:1/ is given twice\n"
+    assert capsys.readouterr().err == "visiondrop: error: the engine http://a:1/ is duplicated\n"
 
 
 def test_engine_that_never_comes_ends_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

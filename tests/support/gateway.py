@@ -40,7 +40,7 @@ async def gateway(
     settings = Settings(**values, **({"fetch_http": True} if fetches_locally else {}))
     fetcher = ImageFetcher(settings, is_allowed=lambda _: True) if fetches_locally else None
     app = make_app(settings, *engines, drain=drain, fetcher=fetcher)
-    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway", timeout=10) as client:
+    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway", timeout=60) as client:
         yield client
 
 

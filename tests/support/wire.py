@@ -51,9 +51,9 @@ async def running(pool: EnginePool) -> AsyncIterator[None]:
         await pool.aclose()
 
 
-def chat(*, stream: bool = False, cost: int = 0, pictures: tuple[Hashable, ...] = ()) -> EngineCall:
+def chat(*, stream: bool = False, cost: int = 0, images: tuple[Hashable, ...] = ()) -> EngineCall:
     body: dict[str, Any] = {"messages": [], "stream": stream, "stream_options": {"include_usage": False}}
-    return EngineCall("/v1/chat/completions", json.dumps(body).encode(), "req-1", cost=cost, pictures=pictures)
+    return EngineCall("/v1/chat/completions", json.dumps(body).encode(), "req-1", cost=cost, images=images)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10) -> float:

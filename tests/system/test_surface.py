@@ -165,7 +165,7 @@ def test_token_ids_are_of_the_pruned_prompt(server: Server, geometry: Geometry) 
 
 def test_a_marker_in_text_takes_no_pictures_place(server: Server) -> None:
     assert server.ask(question="What is <image> in SVG?").choices
-    with pytest.raises(openai.BadRequestError, match="stands for a picture"):
+    with pytest.raises(openai.BadRequestError, match="stands for an image"):
         pruned(server, question="What is <image> in SVG?")
 
 

@@ -41,7 +41,7 @@ def events_of(url: str) -> Generator[Iterator[str], None, None]:
 
 def stop(gateway: Gateway) -> None:
     gateway.process.send_signal(signal.SIGTERM)
-    gateway.wait_said("stopping")
+    gateway.wait_said("shutting down")
 
 
 @pytest.mark.anyio

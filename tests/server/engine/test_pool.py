@@ -84,7 +84,7 @@ async def test_equal_engines_take_turns() -> None:
 async def test_same_picture_prefers_the_engine_that_has_seen_it_up_to_the_slack() -> None:
     pool = make_pool(Settings(), *map(Wire, holding(3)))
     async with running(pool):
-        call = chat(stream=True, cost=SLACK // 2, pictures=("cat",))
+        call = chat(stream=True, cost=SLACK // 2, images=("cat",))
         sources = [await pool.open_stream(call) for _ in range(3)]
         assert sorted(costs(pool)) == [0, 0, 3 * (SLACK // 2)]
         # Half a slack too far ahead: the fourth goes elsewhere, and that engine knows the picture, too.
@@ -98,7 +98,7 @@ async def test_picture_that_everybody_sends_makes_no_hot_spot() -> None:
     pool = make_pool(Settings(), *map(Wire, holding(4)))
     async with running(pool):
         cost = SLACK // 4
-        sources = [await pool.open_stream(chat(stream=True, cost=cost, pictures=("meme",))) for _ in range(60)]
+        sources = [await pool.open_stream(chat(stream=True, cost=cost, images=("meme",))) for _ in range(60)]
         assert max(costs(pool)) - min(costs(pool)) <= SLACK + cost
         for source in sources:
             await source.aclose()
@@ -108,19 +108,19 @@ async def test_engine_that_has_seen_more_of_the_pictures_is_preferred() -> None:
     engines = [FakeEngine() for _ in range(2)]
     pool = make_pool(Settings(), *map(Wire, engines))
     async with running(pool):
-        await pool.complete(chat(pictures=("cat",)))
-        await pool.complete(chat(pictures=("dog", "cow")))
-        await pool.complete(chat(pictures=("dog", "cow", "cat")))
+        await pool.complete(chat(images=("cat",)))
+        await pool.complete(chat(images=("dog", "cow")))
+        await pool.complete(chat(images=("dog", "cow", "cat")))
     assert [len(engine.bodies) for engine in engines] == [1, 2]
 
 
 async def test_only_so_many_pictures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.pool._NUM_REMEMBERED_PICTURES", 2)
+    monkeypatch.setattr("server.engine.pool._NUM_REMEMBERED_IMAGES", 2)
     engines = [FakeEngine() for _ in range(2)]
     pool = make_pool(Settings(), *map(Wire, engines))
     async with running(pool):
-        for pictures in (("cat",), ("dog",), ("cat", "cow", "hen"), ("cat", "cow", "hen"), ("cat",)):
-            await pool.complete(chat(pictures=pictures))
+        for images in (("cat",), ("dog",), ("cat", "cow", "hen"), ("cat", "cow", "hen"), ("cat",)):
+            await pool.complete(chat(images=images))
     # cat -> 0, dog -> 1, cat.. -> 0 twice; 0 has forgotten the cat by now, so it is 1's turn.
     assert [len(engine.bodies) for engine in engines] == [3, 2]
 
@@ -130,12 +130,12 @@ async def test_engine_that_was_down_has_forgotten_its_pictures() -> None:
     wires = [Wire(engine) for engine in engines]
     pool = make_pool(FAST, *wires)
     async with running(pool):
-        await pool.complete(chat(pictures=("cat",)))
+        await pool.complete(chat(images=("cat",)))
         wires[0].is_cut = True
         await until(lambda: not pool.is_up("0"))
         wires[0].is_cut = False
         await until(lambda: pool.is_up("0"))
-        await pool.complete(chat(pictures=("cat",)))
+        await pool.complete(chat(images=("cat",)))
     assert [len(engine.bodies) for engine in engines] == [1, 1]
 
 
@@ -387,7 +387,7 @@ async def test_stopped_and_killed_processes_lose_only_their_own(tmp_path: Path) 
         pool = EnginePool({"0": HttpEngineClient.at(one_url), "1": HttpEngineClient.at(other_url)}, settings)
         async with running(pool):
             await until(lambda: pool.is_up("0") and pool.is_up("1"))
-            source = await pool.open_stream(chat(stream=True, cost=1, pictures=("cat",)))
+            source = await pool.open_stream(chat(stream=True, cost=1, images=("cat",)))
             events = aiter(source)
             await anext(events)
 
@@ -402,7 +402,7 @@ async def test_stopped_and_killed_processes_lose_only_their_own(tmp_path: Path) 
 
             one.send_signal(signal.SIGCONT)
             await until(lambda: pool.is_up("0"))
-            source = await pool.open_stream(chat(stream=True, pictures=("cat",)))
+            source = await pool.open_stream(chat(stream=True, images=("cat",)))
             events = aiter(source)
             await anext(events)
             one.kill()

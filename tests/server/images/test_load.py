@@ -61,13 +61,11 @@ async def test_fetched_bytes_are_bounded_and_counted(engine: FakeEngine) -> None
 
 
 async def test_client_that_leaves_during_the_fetch_ends_it(engine: FakeEngine) -> None:
-    async with Origin(is_mute=True) as origin, gateway(engine, fetches_locally=True) as client:
+    async with Origin(is_mute=True) as origin, gateway(engine, fetches_locally=True, fetch_seconds=600) as client:
         task = asyncio.ensure_future(client.post(CHAT, json=ask(f"http://127.0.0.1:{origin.port}/a")))
-        await asyncio.wait_for(origin.heard.wait(), 5)
-        began = time.monotonic()
+        await asyncio.wait_for(origin.heard.wait(), 30)
         task.cancel()
-        await asyncio.wait_for(origin.left.wait(), 5)
-        assert time.monotonic() - began < 1
+        await asyncio.wait_for(origin.left.wait(), 30)
         await until_metric(client, "visiondrop_inflight_requests", 0)
         assert not engine.bodies
 
@@ -103,17 +101,15 @@ async def test_one_bad_picture_ends_the_other_fetches(engine: FakeEngine) -> Non
     async with (
         Origin(is_mute=True) as mute,
         Origin() as origin,
-        gateway(engine, fetches_locally=True) as client,
+        gateway(engine, fetches_locally=True, fetch_seconds=600) as client,
     ):
         origin.pages["/gone"] = reply(status="404 Not Found")
-        began = time.monotonic()
         urls = [f"http://127.0.0.1:{mute.port}/a", f"http://127.0.0.1:{origin.port}/gone"]
         response = await client.post(CHAT, json=ask(*urls))
         assert response.status_code == 400
         assert response.json()["error"]["param"] == "messages[0].content[1].image_url.url"
         assert response.json()["error"]["code"] == "invalid_image_url"
-        await asyncio.wait_for(mute.left.wait(), 5)
-        assert time.monotonic() - began < 5, "the other would have taken ten seconds"
+        await asyncio.wait_for(mute.left.wait(), 30)
 
 
 @pytest.mark.parametrize("case", BAD_URLS, ids=lambda case: case.url[:40])

@@ -60,7 +60,7 @@ def test_second_signal_kills_at_once(start: Start) -> None:
     wait_for(lambda: "loading the model" in gateway.said, gateway)
     members = gateway.members()
     gateway.process.send_signal(signal.SIGINT)
-    wait_for(lambda: "stopping" in gateway.said, gateway)
+    wait_for(lambda: "shutting down" in gateway.said, gateway)
     began = time.monotonic()
     gateway.process.send_signal(signal.SIGINT)
     assert gateway.process.wait(timeout=10) == 130
