@@ -32,8 +32,9 @@ from vd_plugin.schedule import (
     parse_budget,
     resolve,
 )
+from vd_plugin.wire import BUDGET_KEY
 
-PARAM: Final = "visual_token_budget"
+PARAM: Final = BUDGET_KEY
 HEADER: Final = "X-Visual-Token-Budget"
 
 DETAILS: Final[Mapping[str, Budget | None]] = {

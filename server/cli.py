@@ -17,12 +17,12 @@ from server.admission.keys import ApiKeys
 from server.errors import first_complaint
 from server.http.listener import Address, StartError
 from server.http.middleware import REQUEST_LOG
-from server.launcher.log import ERROR_PREFIX
 from server.launcher.serve import run_gateway, run_serve, say_error
 from server.settings import Settings
 from server.telemetry.tracing import make_tracing
 from server.version import package_version
 from vd_plugin.schedule import PRESETS
+from vd_plugin.wire import ERROR_PREFIX
 
 _RESERVED_OPTIONS: Final = {
     "--uds": "the gateway talks to its engine over a socket of its own",

@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw
 
 from server.launcher.serve import say, say_error
 from vd_plugin.schedule import FULL, PRESETS
+from vd_plugin.wire import DEMO_MARKER
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -42,7 +43,6 @@ _SIDE: Final = 672
 _COLOURS: Final = ("crimson", "royalblue", "seagreen", "darkorange", "purple", "teal")
 _BUDGETS: Final = (FULL, *sorted(PRESETS, key=lambda name: -PRESETS[name]))
 _STOP_SECONDS: Final = 30.0
-_DEMO_MARKER: Final = "visiondrop_demo.json"  # written by vd_plugin/tools/demo_checkpoint.py
 
 
 class DemoError(Exception):
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
             answers = _ask_all(client, arguments.max_tokens, arguments.repeats)
             print(f"\n{_table(answers)}\n\nMedians of {arguments.repeats}, one request at a time.")
-            if Path(arguments.model, _DEMO_MARKER).exists():
+            if Path(arguments.model, DEMO_MARKER).exists():
                 print("The demo checkpoint has random weights: its words are noise, the counts and times are real.")
     except (DemoError, OpenAIError, httpx.HTTPError) as error:
         say_error(error)

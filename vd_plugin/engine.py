@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from vd_plugin.options import engine_args
 from vd_plugin.validation import check_server
+from vd_plugin.wire import ERROR_PREFIX
 
 _CPU_MEMORY_SHARE = 0.25
 """Of the free memory, for the KV cache on a machine without a GPU."""
@@ -110,7 +111,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"visiondrop: error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    print(f"{ERROR_PREFIX}{' '.join(sentence.split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

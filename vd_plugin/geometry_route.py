@@ -13,12 +13,11 @@ from fastapi import FastAPI, HTTPException, Request
 
 from vd_plugin.options import ARCHITECTURES, read_geometry
 from vd_plugin.validation import check_server
+from vd_plugin.wire import GEOMETRY_PATH
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
     from vllm.engine.protocol import EngineClient
-
-GEOMETRY_PATH = "/visiondrop/geometry"
 
 
 class GeometryRoute:

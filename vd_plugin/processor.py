@@ -48,8 +48,8 @@ from vd_plugin.schedule import (
     resolve_explicit,
 )
 from vd_plugin.spans import identify
+from vd_plugin.wire import BUDGET_KEY
 
-BUDGET_KEY: Final = "visual_token_budget"
 SCHEDULE_KEY: Final = "visual_token_schedule"
 _ASKED_KEY: Final = "visiondrop_asked"
 """Internal: what each image of the request asks for, parsed. Replaces the two public keys."""

@@ -22,6 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vd_plugin.options import ARCHITECTURES, read_geometry
 from vd_plugin.schedule import Geometry
 from vd_plugin.spans import read_spans, read_splits
+from vd_plugin.wire import BUDGET_KEY
 
 MAX_PIXEL: Final = 1000.0
 """Of a normalised pixel value; 255 that nobody has rescaled becomes 975. Far larger ones overflow in half precision."""
@@ -61,9 +62,9 @@ def check_request(request: Any, geometry: Geometry) -> None:
 
 def unsupported(params: Any, is_session: bool) -> tuple[str, str | None] | None:
     """Why a request that has images pruned inside the decoder cannot be served: a sentence and the parameter."""
-    full = 'set visual_token_budget to "full"'
+    full = f'set {BUDGET_KEY} to "full"'
     if is_session:
-        return f"images in streaming-input sessions cannot be pruned: {full}", "visual_token_budget"
+        return f"images in streaming-input sessions cannot be pruned: {full}", BUDGET_KEY
     for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
         if getattr(params, name, None) is not None:
             return f"{name} are not available for prompts with pruned images: leave {name} out, or {full}", name

@@ -19,6 +19,7 @@ from server.errors import (
     UnknownModelError,
 )
 from vd_plugin.schedule import RULE_VERSION, Geometry
+from vd_plugin.wire import GEOMETRY_PATH
 
 _PROBE_SECONDS: Final = 3.0
 _ANSWER_TIMEOUT: Final = httpx.Timeout(None, connect=5.0)
@@ -90,7 +91,7 @@ class HttpEngineClient:
             EngineMismatchError: no VisionDrop in the engine, or one whose rule differs from ours.
         """
         if self._geometry is None:
-            response = await self._get("/visiondrop/geometry")
+            response = await self._get(GEOMETRY_PATH)
             if response.status_code == 404:
                 raise EngineMismatchError("the engine runs without the VisionDrop plugin")
             data = _json_object(response)

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-ERROR_PREFIX: Final = "visiondrop: error: "
-"""How the gateway's commands begin the sentence about a failure, and vd_plugin.engine the one about bad input."""
+from vd_plugin.wire import ERROR_PREFIX
 
 _TAIL_BYTES: Final = 64 * 1024
 

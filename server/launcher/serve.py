@@ -29,10 +29,10 @@ from server.errors import EngineFailedError, EngineUnreachableError, GatewayErro
 from server.http.connection import ConnectionLimits
 from server.http.listener import Address, StartError, bound_socket, url_of, why_not_bound
 from server.http.server import HttpServer, allowed_connections, serve_metrics, silence_late_results
-from server.launcher.log import ERROR_PREFIX
 from server.launcher.progress import Progress
 from server.launcher.supervisor import Backoff, Supervisor
 from server.settings import Settings
+from vd_plugin.wire import ERROR_PREFIX
 
 _POLL_SECONDS: Final = 0.3
 _OTHERS_SECONDS: Final = 1.0

@@ -16,6 +16,7 @@ from server.schemas.engine_json import Slots, dump_json
 from server.schemas.image_marker import refuse_markers
 from server.schemas.parse import RequestBody
 from vd_plugin.schedule import Budget, Schedule
+from vd_plugin.wire import BUDGET_KEY
 
 INT32_MAX: Final = 2**31 - 1
 MAX_CHOICES: Final = 128
@@ -149,10 +150,10 @@ class GenerationRequest(RequestBody):
             InvalidRequestError: a number in it is infinite.
         """
         slots = Slots()
-        payload = {name: value for name, value in self.sent.items() if name != "visual_token_budget"}
+        payload = {name: value for name, value in self.sent.items() if name != BUDGET_KEY}
         payload |= self.engine_fields([slots.add(url) for url in urls])
         if budgets:
-            payload["mm_processor_kwargs"] = {"visual_token_budget": list(budgets)}
+            payload["mm_processor_kwargs"] = {BUDGET_KEY: list(budgets)}
         return slots.fill(dump_json(payload))
 
     def engine_fields(self, urls: Sequence[str]) -> Mapping[str, Any]:

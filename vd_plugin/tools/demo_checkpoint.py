@@ -26,12 +26,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vd_plugin.wire import DEMO_MARKER
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Generator, Tensor
 
 _SEED: Final = 20251228
-_MARKER: Final = "visiondrop_demo.json"
 
 _SPECIAL_TOKENS: Final = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 _UNK, _BOS, _EOS, _PAD, _IMAGE = range(len(_SPECIAL_TOKENS))
@@ -150,7 +151,7 @@ def _version() -> str:
 
 def _marker_of(folder: Path) -> str | None:
     try:
-        return str(json.loads((folder / _MARKER).read_text())["version"])
+        return str(json.loads((folder / DEMO_MARKER).read_text())["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -166,7 +167,7 @@ def _write_all(folder: Path) -> None:
     save_file(_make_tensors(tokenizer), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
     # Last, so that a folder with a marker is whole.
-    (folder / _MARKER).write_text(json.dumps({"version": _version()}) + "\n")
+    (folder / DEMO_MARKER).write_text(json.dumps({"version": _version()}) + "\n")
 
 
 def _make_tokenizer() -> Tokenizer:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vd_plugin.options import engine_args
 from vd_plugin.schedule import Budget, Geometry, Schedule, parse_budget, resolve
 from vd_plugin.tools.provenance import Origin, encoder_origins, stage_origins, stock_origins
+from vd_plugin.wire import BUDGET_KEY, ERROR_PREFIX
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -94,7 +95,7 @@ def explain(model: str, picture: Image.Image, budget: Budget, **overrides: Any) 
     request = {
         "prompt": f"USER: {image_token}\nDescribe the picture. ASSISTANT:",
         "multi_modal_data": {"image": picture},
-        "mm_processor_kwargs": {"visual_token_budget": budget},
+        "mm_processor_kwargs": {BUDGET_KEY: budget},
     }
     llm.generate(request, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
 
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"cannot read the picture {arguments.image}: {error}") from error
         explanation = explain(arguments.model, picture, budget, max_model_len=arguments.max_model_len)
     except (ValueError, NotImplementedError) as error:
-        print(f"visiondrop: error: {error}", file=sys.stderr)
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
         return 2
     data = explanation.to_dict()
     draw(explanation, picture).save(arguments.out)

@@ -1,0 +1,20 @@
+"""What gateway and engine must spell alike: they are two processes, and know each other by these literals alone.
+
+Standard library only, so that the gateway, which has no torch, reads the same file.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+BUDGET_KEY: Final = "visual_token_budget"
+"""The field of a request to the gateway, and the key of `mm_processor_kwargs` under which budgets reach the engine."""
+
+GEOMETRY_PATH: Final = "/visiondrop/geometry"
+"""The engine's route that tells how it counts."""
+
+ERROR_PREFIX: Final = "visiondrop: error: "
+"""How a program of ours begins the sentence that it leaves behind when its input is bad."""
+
+DEMO_MARKER: Final = "visiondrop_demo.json"
+"""The file by which a folder is known to hold the demo checkpoint."""
