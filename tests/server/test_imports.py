@@ -1,4 +1,4 @@
-"""The gateway runs where neither torch nor vLLM is installed, and knows nothing of the plugin but its arithmetic."""
+"""The gateway runs where neither torch nor vLLM is installed, and knows nothing of the plugin but its arithmetic and the wire."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Wall(MetaPathFinder):
         top = name.partition(".")[0]
         if top in ("torch", "vllm", "transformers", "numpy", "openai", "opentelemetry"):
             raise ImportError(f"{name} is behind the wall")
-        if name.startswith("vd_plugin.") and name != "vd_plugin.schedule":
+        if name.startswith("vd_plugin.") and name not in ("vd_plugin.schedule", "vd_plugin.wire"):
             raise ImportError(f"{name} is behind the wall")
 
 for name in [name for name in sys.modules if name.partition(".")[0] in ("torch", "torchvision", "vd_plugin")]:
