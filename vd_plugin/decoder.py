@@ -26,7 +26,7 @@ from vd_plugin.tensor_parallel import mean_over_ranks
 
 
 class Observer(Protocol):
-    """Told of every plan that is made: stage, request, image and the plan (for `explain` and tests)."""
+    """Notified of every plan: stage, request, image and the plan (for `explain` and tests)."""
 
     def __call__(self, stage: int, req_id: str, span: ImageSpan, scores: Tensor, plan: Plan) -> None: ...
 

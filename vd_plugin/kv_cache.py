@@ -74,7 +74,7 @@ class StagedKVCacheManager(FullAttentionManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer to the prefix cache only what precedes the first pruned image.
 
-        From there on rows and tokens no longer correspond, so a block's content is not what its hash says.
+        From there on rows and tokens no longer correspond, so a block's content does not match its hash.
         """
         spans = self.spans_of(request.request_id)
         limit = min(num_tokens, spans[0].offset) if spans else num_tokens

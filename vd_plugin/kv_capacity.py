@@ -1,4 +1,4 @@
-"""How many pictures the KV cache holds at each budget: blocks by stage, and the line about them at start-up."""
+"""How many images the KV cache holds at each budget: blocks by stage, and the line about them at start-up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def image_blocks(schedule: Schedule, groups: Sequence[tuple[int, int]]) -> int:
 
 
 def describe_capacity(geometry: Geometry, kv_cache_config: KVCacheConfig) -> str:
-    """One sentence: how many of the largest pictures fit the KV cache at every preset."""
+    """One sentence: how many of the largest images fit the KV cache at every preset."""
     groups = [(group.kv_cache_spec.stage, group.kv_cache_spec.block_size) for group in kv_cache_config.kv_cache_groups]
     sizes = geometry.grid_pinpoints or ((geometry.tile_size, geometry.tile_size),)
     size = max(sizes, key=lambda size: geometry.full_tokens(*size))
@@ -30,7 +30,6 @@ def describe_capacity(geometry: Geometry, kv_cache_config: KVCacheConfig) -> str
     for name in (FULL, *presets):
         blocks = image_blocks(resolve(geometry, *size, parse_budget(name)), groups)
         counts.append(f"{kv_cache_config.num_blocks // blocks} at {name} ({blocks} blocks each)")
-    return (
-        f"VisionDrop: the KV cache of {kv_cache_config.num_blocks} blocks holds pictures of {size[0]}x{size[1]}: "
-        + (", ".join(counts))
+    return f"VisionDrop: the KV cache of {kv_cache_config.num_blocks} blocks holds images of {size[0]}x{size[1]}: " + (
+        ", ".join(counts)
     )

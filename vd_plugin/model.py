@@ -40,7 +40,7 @@ class _StagedPruning:
     multi_modal_projector: Any
     language_model: Any
     encoder_observer: Callable[[PrunedTiles], None] | None = None
-    """Told what stage 0 keeps of every image (for `explain`)."""
+    """Notified of what stage 0 keeps of every image (for `explain`)."""
     entry_groups: list[int]
     """For stages 1.., the KV-cache group of the stage's first layer."""
 

@@ -172,7 +172,7 @@ class StagedModelState(DefaultModelState):
         return {**inputs, "layout": StepLayout(list(self.positions[:, :num_tokens]))}
 
     def _pruned_requests(self, input_batch: InputBatch) -> list[PrunedRequest]:
-        """Requests whose images are computed in this step. Looks at prefilling requests only."""
+        """Requests whose images are computed in this step. Iterates over prefilling requests only."""
         if not input_batch.has_prefill or not self.pending:
             return []
         pruned = []

@@ -1,4 +1,4 @@
-"""The plugin's options: how they enter an engine (`hf_overrides`), and what a model's configuration says with them.
+"""The plugin's options: how they enter an engine (`hf_overrides`), and what a model's configuration means with them.
 
 Options travel inside the model configuration, because that is all that vLLM shows to its multimodal processors.
 Imports nothing heavy: `import vd_plugin` happens at the start of every Python process of a CPU environment.

@@ -10,7 +10,7 @@ what the image processor returns is checked here, in the front end: in the engin
 the engine for all, and NaN spreads to other requests.
 
 Notable: vLLM keeps processed images, encoder outputs and KV blocks under one identifier an image. It is made here from
-the picture and from its own schedule alone, so an image never meets the entry of another schedule, and a change of its
+the image and from its own schedule alone, so an image never meets the entry of another schedule, and a change of its
 neighbour's budget costs no cache hit. Images served in full share the stock model's entries.
 
 Upstream: `vllm/multimodal/processing/processor.py`, `vllm/model_executor/models/llava_next.py` (vLLM 0.32).
@@ -51,17 +51,17 @@ from vd_plugin.spans import identify
 from vd_plugin.wire import BUDGET_KEY
 
 SCHEDULE_KEY: Final = "visual_token_schedule"
-_ASKED_KEY: Final = "visiondrop_asked"
+_REQUESTED_KEY: Final = "visiondrop_requested"
 """Internal: what each image of the request asks for, parsed. Replaces the two public keys."""
 _PUBLIC_KEYS: Final = frozenset((BUDGET_KEY, SCHEDULE_KEY))
-_KEYS: Final = _PUBLIC_KEYS | {_ASKED_KEY}
+_KEYS: Final = _PUBLIC_KEYS | {_REQUESTED_KEY}
 
-Asked: TypeAlias = Budget | tuple[tuple[int, ...], ...]
+Requested: TypeAlias = Budget | tuple[tuple[int, ...], ...]
 """What one image asks for: a budget, or explicit rows."""
 
 
-def parse_asked(mm_kwargs: Mapping[str, object], num_images: int) -> list[Asked]:
-    """What each of a request's images asks for; images that nothing was asked for are served in full.
+def parse_requested(mm_kwargs: Mapping[str, object], num_images: int) -> list[Requested]:
+    """What is requested for each image of a request; an image without a request is served in full.
 
     Raises:
         VLLMValidationError: a value is not understood, both keys are given, or a list is not as long as the images.
@@ -113,7 +113,7 @@ class BudgetContext(InputProcessingContext):
 class _BudgetInfo:
     """Mixin for a LLaVA `ProcessingInfo`.
 
-    `get_num_image_tokens` stays the stock count: vLLM finds the largest picture with it and bounds the encoder's batch.
+    `get_num_image_tokens` stays the stock count: vLLM finds the largest image with it and bounds the encoder's batch.
     """
 
     def __init__(self, ctx: InputProcessingContext) -> None:
@@ -146,16 +146,16 @@ class _BudgetProcessor:
     info: Any
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
-        """Parse what is asked for once, before anything is hashed or processed."""
+        """Parse what is requested once, before anything is hashed or processed."""
         kwargs = inputs.hf_processor_mm_kwargs
         check_kwargs(kwargs, self.info.options)
-        # What a request says stands in for the engine's default (`--mm-processor-kwargs`) as a whole.
+        # A request's value replaces the engine's default (`--mm-processor-kwargs`) as a whole.
         defaults = self.info.ctx.get_mm_config().mm_processor_kwargs or {}
         given = kwargs if any(kwargs.get(key) is not None for key in (BUDGET_KEY, SCHEDULE_KEY)) else defaults
         num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
-        asked = parse_asked(given, num_images)
+        requested = parse_requested(given, num_images)
         self._check_places(inputs.prompt, num_images)
-        inputs = replace(inputs, hf_processor_mm_kwargs={**_without_ours(kwargs), _ASKED_KEY: asked})
+        inputs = replace(inputs, hf_processor_mm_kwargs={**_without_ours(kwargs), _REQUESTED_KEY: requested})
         try:
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
         except Exception:
@@ -166,16 +166,16 @@ class _BudgetProcessor:
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         stock = replace(inputs, hf_processor_mm_kwargs=_without_ours(inputs.hf_processor_mm_kwargs))
         hashes = super()._get_mm_hashes(stock)  # type: ignore[misc]
-        asked = inputs.hf_processor_mm_kwargs[_ASKED_KEY]
-        assert isinstance(asked, list)
-        if not asked:
+        requested = inputs.hf_processor_mm_kwargs[_REQUESTED_KEY]
+        assert isinstance(requested, list)
+        if not requested:
             return hashes
         images = inputs.mm_data_items.get_items("image", ImageProcessorItems)
         try:
             identifiers = [
                 # In full, an image may stand for one sent earlier (a client's uuid): its size is not known then.
                 identify(base, None if entry == FULL else self._resolve_image(images, index, entry))
-                for index, (base, entry) in enumerate(zip(hashes["image"], asked, strict=True))
+                for index, (base, entry) in enumerate(zip(hashes["image"], requested, strict=True))
             ]
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter="uuid") from error
@@ -186,13 +186,13 @@ class _BudgetProcessor:
     ) -> Mapping[str, object]:
         """Only the missing images are processed: what they ask for must shrink with them."""
         kwargs = inputs.hf_processor_mm_kwargs
-        asked = kwargs[_ASKED_KEY]
-        assert isinstance(asked, list)
+        requested = kwargs[_REQUESTED_KEY]
+        assert isinstance(requested, list)
         cached = mm_is_cached.get("image", [])
-        return {**kwargs, _ASKED_KEY: [entry for entry, hit in zip(asked, cached, strict=True) if not hit]}
+        return {**kwargs, _REQUESTED_KEY: [entry for entry, hit in zip(requested, cached, strict=True) if not hit]}
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        """Process the images, then tell the model what each of them keeps.
+        """Process the images, and add what each of them keeps.
 
         Adds `visual_token_schedule`: (images, stages, 2) int32, (dominant, contextual) of each stage;
         zeros stand for a stage that changes nothing.
@@ -205,7 +205,7 @@ class _BudgetProcessor:
         stages = [[split or (0, 0) for split in (schedule.encoder, *schedule.decoder)] for schedule in schedules]
         processed[SCHEDULE_KEY] = torch.tensor(stages, dtype=torch.int32)
         if processed["pixel_values"][0].ndim == 4:
-            # Hugging Face pads every picture of a call to the most tiles among them. Without the padding, an entry of
+            # Hugging Face pads every image of a call to the most tiles among them. Without the padding, an entry of
             # the cache does not depend on its neighbours, and the tower does not run over black tiles.
             tiles = zip(processed["pixel_values"], schedules, strict=True)
             processed["pixel_values"] = [pixels[: schedule.num_tiles] for pixels, schedule in tiles]
@@ -260,23 +260,23 @@ class _BudgetProcessor:
         ]
 
     def _resolve(self, mm_items: MultiModalDataItems, kwargs: Mapping[str, object]) -> list[Schedule]:
-        asked = kwargs[_ASKED_KEY]
-        assert isinstance(asked, list)
-        if not asked:
+        requested = kwargs[_REQUESTED_KEY]
+        assert isinstance(requested, list)
+        if not requested:
             return []
         images = mm_items.get_items("image", ImageProcessorItems)
-        return [self._resolve_image(images, index, entry) for index, entry in enumerate(asked)]
+        return [self._resolve_image(images, index, entry) for index, entry in enumerate(requested)]
 
-    def _resolve_image(self, images: ImageProcessorItems, index: int, asked: Asked) -> Schedule:
+    def _resolve_image(self, images: ImageProcessorItems, index: int, requested: Requested) -> Schedule:
         if images.get(index) is None:
-            raise VLLMValidationError("send the picture along with its uuid: its size is needed", parameter="uuid")
+            raise VLLMValidationError("send the image along with its uuid: its size is needed", parameter="uuid")
         size = images.get_image_size(index)
         try:
-            if isinstance(asked, tuple):
-                return resolve_explicit(self.info.geometry, size.height, size.width, asked)
-            return resolve(self.info.geometry, size.height, size.width, asked)
+            if isinstance(requested, tuple):
+                return resolve_explicit(self.info.geometry, size.height, size.width, requested)
+            return resolve(self.info.geometry, size.height, size.width, requested)
         except BudgetError as error:
-            key = SCHEDULE_KEY if isinstance(asked, tuple) else BUDGET_KEY
+            key = SCHEDULE_KEY if isinstance(requested, tuple) else BUDGET_KEY
             raise VLLMValidationError(str(error), parameter=key) from error
 
 
@@ -307,7 +307,7 @@ def _holds_lists(value: object) -> bool:
 
 
 def _freeze(schedule: Any) -> tuple[tuple[int, ...], ...]:
-    """Explicit rows as tuples: hashable, and told apart from a budget by their type."""
+    """Explicit rows as tuples: hashable, and distinguished from a budget by their type."""
     if not _is_list(schedule) or not all(_is_list(split) for split in schedule):
         raise VLLMValidationError(
             f"{SCHEDULE_KEY} must be a list of [dominant, contextual] pairs; got {quote(schedule)}",

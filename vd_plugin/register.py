@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vd_plugin.cpu.amx import ask_for_tiles
-from vd_plugin.cpu.interpreter import mend_masked_store, mend_top_k_top_p
+from vd_plugin.cpu.amx import request_tiles
+from vd_plugin.cpu.interpreter import patch_masked_store, patch_top_k_top_p
 from vd_plugin.options import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ def register() -> None:
             check_engine(vllm_config)
             prepare_staged_engine(vllm_config)
 
-    ask_for_tiles()
-    mend_masked_store()
-    mend_top_k_top_p()
+    request_tiles()
+    patch_masked_store()
+    patch_top_k_top_p()
     known = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES.values():
         if architecture not in known:

@@ -72,7 +72,7 @@ def unsupported(params: Any, is_session: bool) -> tuple[str, str | None] | None:
 
 
 def check_feature(feature: Any, geometry: Geometry) -> None:
-    """Refuse an image whose data are not what its identifier and its place in the prompt say.
+    """Refuse an image whose data do not match its identifier and its position in the prompt.
 
     Our processor makes none of that kind; whoever sends processed images past it may.
 
@@ -180,10 +180,10 @@ def _check_prompt(renderer: Any, prompt: Any) -> None:
     kwargs = prompt.get("mm_processor_kwargs")
     if kwargs is None or prompt.get("multi_modal_data") or _geometry(renderer.model_config) is None:
         return
-    from vd_plugin.processor import check_kwargs, parse_asked
+    from vd_plugin.processor import check_kwargs, parse_requested
 
     check_kwargs(kwargs, renderer.get_mm_processor().info.options)
-    parse_asked(kwargs, 0)
+    parse_requested(kwargs, 0)
 
 
 def _geometry(model_config: Any) -> Geometry | None:

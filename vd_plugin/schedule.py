@@ -3,7 +3,7 @@
 Every count in the project comes from this file: placeholders, rows per stage, kept and saved tokens, prefill FLOPs.
 Standard library only, so that the gateway, which has no torch, computes with the same code as the engine.
 
-Words: a *budget* is what a client asks for; resolving it for one picture gives a *schedule*: the rows of each *stage*.
+Words: a *budget* is what a client requests; resolving it for one image gives a *schedule*: the rows of each *stage*.
 Stage 0 is the encoder's output, stages 1..3 begin after the decoder's boundaries. A budget of B means that an image
 costs on average at most B visual tokens a decoder layer. A model without boundaries has stage 0 alone.
 
@@ -98,7 +98,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """All that a token count depends on besides picture and budget. The engine publishes it, the gateway reads it.
+    """All that a token count depends on besides image and budget. The engine publishes it, the gateway reads it.
 
     Sizes are in pixels, (height, width). `grid_pinpoints` is empty for models with a single view (LLaVA-1.5).
     """
@@ -158,7 +158,7 @@ class Geometry:
         return tuple(end - start for start, end in pairwise(edges))
 
     def tile_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tiles that a picture is cut into, the base view left out; (0, 0) without tiling."""
+        """Rows and columns of tiles that an image is cut into, the base view left out; (0, 0) without tiling."""
         if not self.grid_pinpoints:
             return 0, 0
         best_height, best_width = self._best_resolution(height, width)
@@ -170,7 +170,7 @@ class Geometry:
         return 1 + rows * columns
 
     def full_tokens(self, height: int, width: int) -> int:
-        """Visual tokens of the picture in the stock model: base view, unpadded tiles, a newline for each patch row."""
+        """Visual tokens of the image in the stock model: base view, unpadded tiles, a newline for each patch row."""
         if not self.grid_pinpoints:
             return self.tile_patches
         side = self.tile_size // self.patch_size
@@ -184,7 +184,7 @@ class Geometry:
         return self.tile_patches + grid_height * grid_width + grid_height
 
     def max_full_tokens(self) -> int:
-        """The largest stock count that any picture can have: a picture that fills a pinpoint needs no unpadding."""
+        """The largest stock count that any image can have: an image that fills a pinpoint needs no unpadding."""
         if not self.grid_pinpoints:
             return self.tile_patches
         return max(self.full_tokens(height, width) for height, width in self.grid_pinpoints)
@@ -193,7 +193,7 @@ class Geometry:
         return 1 + max(((h // self.tile_size) * (w // self.tile_size) for h, w in self.grid_pinpoints), default=0)
 
     def _best_resolution(self, height: int, width: int) -> tuple[int, int]:
-        """The pinpoint that loses least of the picture; the same choice as transformers' `select_best_resolution`."""
+        """The pinpoint that loses least of the image; the same choice as transformers' `select_best_resolution`."""
 
         def fit(pinpoint: tuple[int, int]) -> tuple[int, int]:
             scale = min(pinpoint[1] / width, pinpoint[0] / height)
@@ -206,14 +206,14 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A budget resolved for one picture.
+    """A budget resolved for one image.
 
     `encoder` is what each of `num_tiles` tiles keeps, `decoder[k - 1]` what the image keeps at stage k;
     None stands for a stage that changes nothing.
     """
 
     budget: Budget | None
-    """What was asked for; None if the rows were given explicitly."""
+    """As requested; None if the rows were given explicitly."""
     full: int
     num_tiles: int
     encoder: TokenSplit | None
@@ -251,10 +251,10 @@ class Schedule:
 
 
 def resolve(geometry: Geometry, height: int, width: int, budget: Budget) -> Schedule:
-    """Resolve a budget for a picture of `height` x `width` pixels (rule version 1).
+    """Resolve a budget for an image of `height` x `width` pixels (rule version 1).
 
     Raises:
-        BudgetError: the budget is smaller than one token for each tile of the picture.
+        BudgetError: the budget is smaller than one token for each tile of the image.
     """
     full = geometry.full_tokens(height, width)
     num_tiles = geometry.num_tiles(height, width)
@@ -269,7 +269,7 @@ def resolve(geometry: Geometry, height: int, width: int, budget: Budget) -> Sche
         per_tile = targets[0] // num_tiles
         if per_tile < 1:
             raise BudgetError(
-                f"a visual token budget of {budget} leaves less than one token for each of this picture's "
+                f"a visual token budget of {budget} leaves less than one token for each of this image's "
                 f"{num_tiles} tiles; raise it"
             )
         encoder = _split_evenly(per_tile) if per_tile < geometry.tile_tokens else TokenSplit(geometry.tile_tokens, 0)
@@ -303,7 +303,7 @@ def resolve_explicit(geometry: Geometry, height: int, width: int, splits: object
         raise BudgetError("the encoder's dominant tokens include CLS, which is always kept: give at least 1")
     if encoder.rows > geometry.tile_tokens or num_tiles * encoder.rows > full:
         raise BudgetError(
-            f"a visual token schedule of {encoder.rows} rows a tile does not prune this picture: it has "
+            f"a visual token schedule of {encoder.rows} rows a tile does not prune this image: it has "
             f"{num_tiles} tile(s) of {geometry.tile_tokens} tokens, and {full} tokens in the stock model"
         )
     rows = num_tiles * encoder.rows

@@ -3,7 +3,7 @@
 VisionDrop, arXiv 2506.22283, sections 3.2 (visual-only scoring) and 3.3 (staged pruning and merging).
 
 Two notable things. A plan is indices alone, so that it can move every tensor that must move. And all of its sizes
-follow from the counts that are asked for, never from data: planning and applying need no device-to-host copy.
+follow from the requested counts, never from data: planning and applying need no device-to-host copy.
 
 Shapes: ... leading batch dimensions (tiles), N tokens in, K dominant, C contextual, R merged away, D hidden.
 """
@@ -94,7 +94,7 @@ def apply(plan: Plan, tokens: Tensor) -> Tensor:
 
 
 def visual_scores(queries: Tensor, keys: Tensor, start: int, count: int) -> Tensor:
-    """How much an image looks at each of its own tokens (VisionDrop, section 3.2): the score inside the decoder.
+    """How much attention an image pays to each of its own tokens (VisionDrop, section 3.2): the score inside the decoder.
 
     Args:
         queries: (heads, N, D) rotated, of one sequence.

@@ -43,7 +43,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
 def check_final(vllm_config: VllmConfig) -> None:
     """The same refusals for an engine with decoder stages, once nothing can change its settings any more.
 
-    vLLM derives settings from others after our first look at them: offloading of KV blocks becomes a connector.
+    vLLM derives settings from others after our first check: offloading of KV blocks becomes a connector.
 
     Raises:
         NotImplementedError: an unsupported combination; names the setting to change.
@@ -104,10 +104,10 @@ def check_decoder(decoder: Any, geometry: Geometry) -> None:
 
 
 def prepare_staged_engine(vllm_config: VllmConfig) -> None:
-    """Set the engine flags that pruning inside the decoder needs, where nothing else was asked for.
+    """Set the engine flags that pruning inside the decoder needs, unless they are set already.
 
     Raises:
-        NotImplementedError: something else was asked for; names the setting to change.
+        NotImplementedError: a flag has another value; names the setting to change.
     """
     from vllm.config.compilation import CompilationMode, CUDAGraphMode
 

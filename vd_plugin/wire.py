@@ -11,7 +11,7 @@ BUDGET_KEY: Final = "visual_token_budget"
 """The field of a request to the gateway, and the key of `mm_processor_kwargs` under which budgets reach the engine."""
 
 GEOMETRY_PATH: Final = "/visiondrop/geometry"
-"""The engine's route that tells how it counts."""
+"""The engine's route that reports how it counts tokens."""
 
 ERROR_PREFIX: Final = "visiondrop: error: "
 """How a program of ours begins the sentence that it leaves behind when its input is bad."""

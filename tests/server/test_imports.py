@@ -1,4 +1,4 @@
-"""The gateway runs where neither torch nor vLLM is installed, and knows nothing of the plugin but its arithmetic and the wire."""
+"""The gateway runs where neither torch nor vLLM is installed, and knows only arithmetic and literals of the plugin."""
 
 from __future__ import annotations
 

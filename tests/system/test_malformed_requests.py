@@ -78,7 +78,7 @@ KWARGS: list[Any] = [
     {"images_kwargs": 3},
     # Never allowed
     {"device": "cuda"},
-    {"visiondrop_asked": ["full"]},
+    {"visiondrop_requested": ["full"]},
     {"text_kwargs": {"truncation": True, "max_length": 2}},
     {"": 1},
     # Ours

@@ -89,44 +89,44 @@ def test_torchvision_loads_and_its_operators_are_declared_once() -> None:
     assert declared == "True"
 
 
-def test_the_mend_of_the_interpreter_refuses_one_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_patch_of_the_interpreter_refuses_one_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from vd_plugin.cpu.interpreter import mend_masked_store
+    from vd_plugin.cpu.interpreter import patch_masked_store
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", lambda self, pointers: None)
     with pytest.raises(RuntimeError, match="has changed"):
-        mend_masked_store()
+        patch_masked_store()
 
 
-def test_the_mend_of_the_interpreter_is_applied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_patch_of_the_interpreter_is_applied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from vd_plugin.cpu.interpreter import mend_masked_store
+    from vd_plugin.cpu.interpreter import patch_masked_store
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", InterpreterBuilder.create_masked_store)
-    mend_masked_store()
+    patch_masked_store()
     first = InterpreterBuilder.create_masked_store
-    mend_masked_store()
+    patch_masked_store()
     assert InterpreterBuilder.create_masked_store is first
 
 
 def test_the_likeliest_tokens_are_chosen_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.sample.ops import topk_topp_sampler as sampler
 
-    from vd_plugin.cpu.interpreter import mend_top_k_top_p
+    from vd_plugin.cpu.interpreter import patch_top_k_top_p
 
     monkeypatch.setattr(sampler, "HAS_TRITON", True)
     monkeypatch.setenv("TRITON_DEFAULT_BACKEND", "cuda")
-    mend_top_k_top_p()
+    patch_top_k_top_p()
     assert sampler.HAS_TRITON, "a machine with a GPU keeps its kernel"
     monkeypatch.setenv("TRITON_DEFAULT_BACKEND", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    mend_top_k_top_p()
+    patch_top_k_top_p()
     assert not sampler.HAS_TRITON
     monkeypatch.delattr(sampler, "apply_top_k_top_p_pytorch")
     with pytest.raises(RuntimeError, match="has changed"):
-        mend_top_k_top_p()
+        patch_top_k_top_p()
 
 
 def test_amx_is_asked_for_on_cpu_engines_alone() -> None:
@@ -134,8 +134,8 @@ def test_amx_is_asked_for_on_cpu_engines_alone() -> None:
     ask = """
 import ctypes, os, sys
 os.environ["TRITON_DEFAULT_BACKEND"] = sys.argv[1]
-from vd_plugin.cpu.amx import ask_for_tiles
-answer, permitted = ask_for_tiles(), ctypes.c_uint64()
+from vd_plugin.cpu.amx import request_tiles
+answer, permitted = request_tiles(), ctypes.c_uint64()
 ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(permitted))
 print(answer, bool(permitted.value >> 18 & 1))
 """

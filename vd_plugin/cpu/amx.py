@@ -1,8 +1,8 @@
 """Permission to use AMX, which Linux gives to a process only when it asks (arch/x86/kernel/fpu/xstate.c).
 
-vLLM's CPU kernels use AMX tiles where the processor has them, and count on oneDNN to have asked. oneDNN asks at its
-first product of two matrices; if the first request of all is a single token, its products are of a matrix and a vector,
-and the worker dies of an illegal instruction. So it is asked for when the engine's processes start.
+vLLM's CPU kernels use AMX tiles where the processor has them, and rely on oneDNN to have requested them. oneDNN does so
+at its first product of two matrices; if the first request of all is a single token, its products are of a matrix and a vector,
+and the worker dies of an illegal instruction. So they are requested when the engine's processes start.
 
 REMOVE WHEN: `{"prompt": [1], "max_tokens": 1}` as the first request leaves a CPU engine alive without it.
 """
@@ -20,7 +20,7 @@ _ARCH_REQ_XCOMP_PERM: Final = 0x1023  # asm/prctl.h
 _XFEATURE_XTILEDATA: Final = 18
 
 
-def ask_for_tiles() -> bool:
+def request_tiles() -> bool:
     """Ask for AMX tiles for this process and its threads, on a machine without a GPU; whether they may be used.
 
     Asking again does no harm.

@@ -1,4 +1,4 @@
-"""A mend of Triton's interpreter, applied where the interpreter runs and nowhere else.
+"""Patches of Triton's interpreter, applied where the interpreter runs and nowhere else.
 
 Triton 3.9 interprets a masked store only if the mask's numbers are booleans. vLLM's grammar kernel makes its mask by
 arithmetic on integers, which compiled Triton takes for a mask as well; interpreted, the store raises, and the engine
@@ -12,11 +12,11 @@ import os
 from typing import Any
 
 
-def mend_masked_store() -> None:
-    """Let masked stores take masks of integers. Idempotent; does nothing unless the interpreter was asked for.
+def patch_masked_store() -> None:
+    """Let masked stores take masks of integers. Idempotent; does nothing unless the interpreter is in use.
 
     Raises:
-        RuntimeError: this is not the interpreter that the mend was written for.
+        RuntimeError: this is not the interpreter that the patch was written for.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu":
         return
@@ -40,14 +40,14 @@ def mend_masked_store() -> None:
     InterpreterBuilder.create_masked_store = create_masked_store
 
 
-def mend_top_k_top_p() -> None:
+def patch_top_k_top_p() -> None:
     """Let vLLM choose among the likeliest tokens with torch, as it does without Triton. Idempotent; idle as above.
 
     vLLM's kernel for it calls a method of its loop's variable, which interpreted is a plain integer: the engine died at
     the first request with `top_p` or `top_k`. REMOVE WHEN: the interpreter's `range` gives tensors.
 
     Raises:
-        RuntimeError: this is not the sampler that the mend was written for.
+        RuntimeError: this is not the sampler that the patch was written for.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu":
         return

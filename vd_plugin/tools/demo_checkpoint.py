@@ -1,7 +1,7 @@
 """The demo checkpoint: a tiny LLaVA-NeXT with random weights, built here, without any hub.
 
 It has every part of a published checkpoint, under the published names, so that it goes through the same code: a CLIP
-tower at the real picture and patch size (real token counts), a projector, a Llama decoder with grouped-query attention,
+tower at the real image and patch size (real token counts), a projector, a Llama decoder with grouped-query attention,
 a tokenizer of its own, a chat template, and LLaVA-NeXT's image processor with its five grid pinpoints. What it answers
 is noise.
 
@@ -313,7 +313,7 @@ def _shape_answers(tokenizer: Tokenizer, tensors: dict[str, Tensor], generator: 
     """Make greedy answers varied and readable, by the output head alone.
 
     Random heads soon repeat one token for ever: what attention brings hardly changes from one step to the next. So each
-    readable token gets a random successor that its own embedding speaks for, just loudly enough to leave the picture
+    readable token gets a random successor that its own embedding speaks for, just loudly enough to leave the image
     and the text before it a say. The other tokens get no row: their logit is 0, which is never the largest, so that
     answers are made of printable pieces and go on to their limit.
     """

@@ -1,6 +1,6 @@
-"""`visiondrop explain IMAGE --model M --budget B --out picture.png`: what every stage keeps of a picture, to look at.
+"""`visiondrop explain IMAGE --model M --budget B --out image.png`: what every stage keeps of an image, to look at.
 
-Runs the engine itself with observers on its selections; nothing is selected a second time. Writes a picture with one
+Runs the engine itself with observers on its selections; nothing is selected a second time. Writes an image with one
 row of panels a stage (base view, tiles), and the same data as JSON beside it.
 """
 
@@ -32,7 +32,7 @@ class Explanation:
     geometry: Geometry
     schedule: Schedule
     size: tuple[int, int]
-    """(height, width) of the picture."""
+    """(height, width) of the image."""
     stages: list[list[Origin]]
     """For each stage the image's rows."""
 
@@ -68,16 +68,16 @@ class Explanation:
         }
 
 
-def explain(model: str, picture: Image.Image, budget: Budget, **overrides: Any) -> Explanation:
-    """Serve one request with the picture on a fresh engine in this process, and record what is kept of it.
+def explain(model: str, image: Image.Image, budget: Budget, **overrides: Any) -> Explanation:
+    """Serve one request with the image on a fresh engine in this process, and record what is kept of it.
 
     Raises:
-        ValueError: an unknown model, or a budget that the picture cannot be served with.
+        ValueError: an unknown model, or a budget that the image cannot be served with.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's model must be within reach
     from vllm import LLM, SamplingParams
 
-    # One request of one picture needs neither graphs nor a large cache.
+    # One request of one image needs neither graphs nor a large cache.
     frugal = {"enforce_eager": True, "max_num_seqs": 1, "skip_mm_profiling": True, **overrides}
     llm = LLM(**engine_args(model, **frugal))
     tiles: list[Any] = []
@@ -90,16 +90,16 @@ def explain(model: str, picture: Image.Image, budget: Budget, **overrides: Any) 
         return geometry
 
     (geometry,) = llm.apply_model(observe)
-    schedule = resolve(geometry, picture.height, picture.width, budget)
+    schedule = resolve(geometry, image.height, image.width, budget)
     image_token = llm.get_tokenizer().decode([llm.llm_engine.model_config.hf_config.image_token_index])
     request = {
-        "prompt": f"USER: {image_token}\nDescribe the picture. ASSISTANT:",
-        "multi_modal_data": {"image": picture},
+        "prompt": f"USER: {image_token}\nDescribe the image. ASSISTANT:",
+        "multi_modal_data": {"image": image},
         "mm_processor_kwargs": {BUDGET_KEY: budget},
     }
     llm.generate(request, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
 
-    size = (picture.height, picture.width)
+    size = (image.height, image.width)
     if tiles:
         from vd_plugin.vision import image_order
 
@@ -113,20 +113,20 @@ def explain(model: str, picture: Image.Image, budget: Budget, **overrides: Any) 
     for stage in range(1, len(geometry.boundaries) + 1):
         stages.append(stage_origins(stages[-1], plans[stage]) if stage in plans else stages[-1])
     explanation = Explanation(geometry, schedule, size, stages)
-    assert tuple(len(rows) for rows in stages) == schedule.rows, "the engine kept something else than the schedule says"
+    assert tuple(len(rows) for rows in stages) == schedule.rows, "the engine did not follow the schedule"
     return explanation
 
 
-def draw(explanation: Explanation, picture: Image.Image) -> Image.Image:
+def draw(explanation: Explanation, image: Image.Image) -> Image.Image:
     """One row of panels a stage: what is kept stays bright, anchors of contextual tokens are framed in orange."""
     from PIL import Image, ImageDraw
 
     geometry = explanation.geometry
     tile, margin, title = geometry.tile_size, 12, 28
-    views = {"base": picture.convert("RGB").resize((tile, tile))}
+    views = {"base": image.convert("RGB").resize((tile, tile))}
     rows, columns = geometry.tile_grid(*explanation.size)
     if rows:
-        views["tiles"] = _pad(picture.convert("RGB"), rows * tile, columns * tile)
+        views["tiles"] = _pad(image.convert("RGB"), rows * tile, columns * tile)
     width = sum(view.width + margin for view in views.values()) + margin
     height = max(view.height for view in views.values()) + title + margin
     sheet = Image.new("RGB", (width, height * len(explanation.stages)), "white")
@@ -161,12 +161,12 @@ def _panel(view: Image.Image, origins: Sequence[Origin], geometry: Geometry) -> 
     return panel
 
 
-def _pad(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """The picture as the tiles see it: scaled to fit the grid, centred on black."""
+def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The image as the tiles see it: scaled to fit the grid, centred on black."""
     from PIL import Image
 
-    scale = min(width / picture.width, height / picture.height)
-    fitted = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    scale = min(width / image.width, height / image.height)
+    fitted = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     canvas = Image.new("RGB", (width, height))
     canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
     return canvas
@@ -174,7 +174,7 @@ def _pad(picture: Image.Image, height: int, width: int) -> Image.Image:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="visiondrop explain", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("image", type=Path, help="a picture file")
+    parser.add_argument("image", type=Path, help="an image file")
     parser.add_argument("--model", required=True, help="folder or id of a LLaVA-NeXT or LLaVA-1.5 checkpoint")
     parser.add_argument("--budget", default="medium", help="an integer from 32 up, low, medium, high or full")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write; the JSON goes beside it")
@@ -183,18 +183,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
 
-        asked = int(arguments.budget) if arguments.budget.isdecimal() else arguments.budget
-        budget = parse_budget(asked)
+        requested = int(arguments.budget) if arguments.budget.isdecimal() else arguments.budget
+        budget = parse_budget(requested)
         try:
-            picture = ImageOps.exif_transpose(Image.open(arguments.image)).convert("RGB")
+            image = ImageOps.exif_transpose(Image.open(arguments.image)).convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"cannot read the picture {arguments.image}: {error}") from error
-        explanation = explain(arguments.model, picture, budget, max_model_len=arguments.max_model_len)
+            raise ValueError(f"cannot read the image {arguments.image}: {error}") from error
+        explanation = explain(arguments.model, image, budget, max_model_len=arguments.max_model_len)
     except (ValueError, NotImplementedError) as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
         return 2
     data = explanation.to_dict()
-    draw(explanation, picture).save(arguments.out)
+    draw(explanation, image).save(arguments.out)
     arguments.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     tokens = data["visual_tokens"]
     print(

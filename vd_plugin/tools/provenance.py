@@ -1,6 +1,6 @@
-"""Where each visual token comes from: a view of the picture and a patch in it, followed through the stages.
+"""Where each visual token comes from: a view of the image and a patch in it, followed through the stages.
 
-Indices only; `explain` turns them into a picture. A contextual token is placed at the patch that it grew from.
+Indices only; `explain` turns them into an image. A contextual token is placed at the patch that it grew from.
 """
 
 from __future__ import annotations

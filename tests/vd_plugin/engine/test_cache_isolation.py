@@ -129,7 +129,7 @@ def test_a_cached_picture_may_be_left_out_in_full_alone(engine: Engine, cold: An
     by_name = {**request(ONE, [A], uuids=["picture"]), "multi_modal_data": {"image": [None]}}
     (answer,) = engine.generate(by_name, num_tokens=2)
     _assert_same(answer, expected)
-    with pytest.raises(VLLMValidationError, match="send the picture along with its uuid"):
+    with pytest.raises(VLLMValidationError, match="send the image along with its uuid"):
         engine.generate({**by_name, "mm_processor_kwargs": {"visual_token_budget": 320}})
 
 

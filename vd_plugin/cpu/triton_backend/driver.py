@@ -1,4 +1,4 @@
-"""Driver of the interpreter's backend. It says where tensors live; the interpreter runs the kernels itself."""
+"""Driver of the interpreter's backend. It reports where tensors live; the interpreter runs the kernels itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from triton.backends.driver import DriverBase
 class InterpreterDriver(DriverBase):  # triton ships no types
     @staticmethod
     def is_active() -> bool:
-        """Only where the interpreter was asked for: a GPU machine must see its own driver alone."""
+        """Only where the interpreter is requested: a GPU machine must see its own driver alone."""
         return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu"
 
     def map_python_to_cpp_type(self, ty: str) -> str:
