@@ -94,7 +94,7 @@ def apply(plan: Plan, tokens: Tensor) -> Tensor:
 
 
 def visual_scores(queries: Tensor, keys: Tensor, start: int, count: int) -> Tensor:
-    """How much attention an image pays to each of its own tokens (VisionDrop, section 3.2): the score inside the decoder.
+    """Attention that an image pays to each of its own tokens (VisionDrop, section 3.2): the score inside the decoder.
 
     Args:
         queries: (heads, N, D) rotated, of one sequence.

@@ -1,8 +1,8 @@
 """Permission to use AMX, which Linux gives to a process only when it asks (arch/x86/kernel/fpu/xstate.c).
 
 vLLM's CPU kernels use AMX tiles where the processor has them, and rely on oneDNN to have requested them. oneDNN does so
-at its first product of two matrices; if the first request of all is a single token, its products are of a matrix and a vector,
-and the worker dies of an illegal instruction. So they are requested when the engine's processes start.
+at its first product of two matrices; if the first request of all is a single token, its products are of a matrix and a
+vector, and the worker dies of an illegal instruction. So they are requested when the engine's processes start.
 
 REMOVE WHEN: `{"prompt": [1], "max_tokens": 1}` as the first request leaves a CPU engine alive without it.
 """
