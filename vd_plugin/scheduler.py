@@ -1,7 +1,7 @@
-"""vLLM's scheduler, with three additions: images are computed whole, KV-cache managers know where images lie, and no
-image is scored against keys that the same step is still to write.
+"""vLLM's scheduler, with four additions: images are computed whole, KV-cache managers know where images lie, no image is
+scored against keys that the same step is still to write, and no request is taken out of a step that has scheduled it.
 
-On the last: vLLM offers a block to the prefix cache when it schedules the step that will fill it. Attention may use the
+On the third: vLLM offers a block to the prefix cache when it schedules the step that will fill it. Attention may use the
 block at once, since each layer writes all keys of a step before it attends. Pruning reads the keys of the *next* layer,
 before that layer has run (docs/decisions/0008): an image whose text was found in such a block waits for the next step.
 What counts is the order of steps on the device, so it holds for steps that are prepared ahead of time, too.
@@ -12,6 +12,7 @@ Upstream: `vllm/v1/core/sched/scheduler.py` (vLLM 0.32).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request
 
 from vd_plugin.kv_cache import StagedKVCacheManager
@@ -53,7 +55,21 @@ class VisionDropScheduler(AsyncScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._cached_this_step.clear()
         self._found_unfilled = None
+        if self.policy == SchedulingPolicy.PRIORITY:
+            # vLLM preempts the least urgent request, even one that this step has scheduled already. Its blocks and its
+            # images would stay in the prefix cache and the encoder cache, though no step computes them: later requests
+            # read garbage, or end the engine. In this order the victim is always last, and not yet scheduled.
+            # REMOVE WHEN: vLLM takes back from its caches what it takes out of a step.
+            self.running.sort(key=lambda request: (request.priority, request.arrival_time))
         return super().schedule(*args, **kwargs)
+
+    def add_request(self, request: Request) -> None:
+        if self.policy == SchedulingPolicy.PRIORITY:
+            # A strict order: answers of one request (`n` > 1) arrive at one time, and of equals vLLM preempts the first.
+            taken = {other.arrival_time for other in self.requests.values()}
+            while request.arrival_time in taken:
+                request.arrival_time = math.nextafter(request.arrival_time, math.inf)
+        super().add_request(request)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         hit: tuple[KVCacheBlocks, int, int, bool] = super()._get_local_prefix_cache_hit(request)
