@@ -1,10 +1,13 @@
-"""vLLM's scheduler, with four additions: images are computed whole, KV-cache managers know where images lie, no image is
-scored against keys that the same step is still to write, and no request is taken out of a step that has scheduled it.
+"""vLLM's scheduler, with four additions:
 
-On the third: vLLM offers a block to the prefix cache when it schedules the step that will fill it. Attention may use the
-block at once, since each layer writes all keys of a step before it attends. Pruning reads the keys of the *next* layer,
-before that layer has run (docs/decisions/0008): an image whose text was found in such a block waits for the next step.
-What counts is the order of steps on the device, so it holds for steps that are prepared ahead of time, too.
+1. Images are computed whole.
+2. KV-cache managers know where images lie.
+3. No image is scored against keys that the same step is still to write. vLLM offers a block to the prefix cache when it
+   schedules the step that will fill it. Attention may use the block at once, since each layer writes all keys of a step
+   before it attends. Pruning reads the keys of the *next* layer, before that layer has run (docs/decisions/0008): an
+   image whose text was found in such a block waits for the next step. What counts is the order of steps on the device,
+   so this holds for steps that are prepared ahead of time, too.
+4. No request is taken out of a step that has scheduled it (see `schedule`).
 
 Base class: the asynchronous scheduler, which also runs synchronous engines.
 Upstream: `vllm/v1/core/sched/scheduler.py` (vLLM 0.32).
@@ -65,7 +68,7 @@ class VisionDropScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         if self.policy == SchedulingPolicy.PRIORITY:
-            # A strict order: answers of one request (`n` > 1) arrive at one time, and of equals vLLM preempts the first.
+            # A strict order: answers of one request (`n` > 1) arrive at one time; of equals vLLM preempts the first.
             taken = {other.arrival_time for other in self.requests.values()}
             while request.arrival_time in taken:
                 request.arrival_time = math.nextafter(request.arrival_time, math.inf)

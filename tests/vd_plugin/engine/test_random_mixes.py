@@ -274,10 +274,7 @@ def _describe(maker: Maker, seed: int | None, scenario: Scenario, error: Excepti
             f"priority {arrival.priority}, salt {arrival.salt}, aborted after {arrival.aborted_after}"
         )
     if seed is not None:
-        name = maker.configuration.name
-        lines.append(
-            f"  replay: VISIONDROP_MIX_SEED={seed} pytest tests/vd_plugin/engine/test_random_mixes.py -k {name}"
-        )
+        lines.append(f"  replay: VISIONDROP_MIX_SEED={seed} pytest {__file__} -k {maker.configuration.name}")
     return "\n".join(lines)
 
 
