@@ -8,16 +8,16 @@ WORKERS ?= 2
 bin := .venv/bin
 model := .cache/demo-model
 
-# The demo checkpoint needs no more. Unset, vLLM takes nearly all memory of a CPU machine, or refuses to start.
+# In GiB; enough for the demo checkpoint. If unset, vLLM takes nearly all memory of a CPU machine, or refuses to start.
 demo serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
-setup: ## Make .venv and install what is pinned (every target below does this first)
+setup: ## Create .venv and install the pinned packages (most targets do this first)
 	@deploy/setup.sh
 
-demo: setup ## Serve the demo checkpoint, ask about a picture, show what was saved
+demo: setup ## Serve the demo checkpoint, ask about an image, show the tokens saved
 	@$(bin)/python -m vd_plugin.tools.demo_checkpoint $(model)
 	@$(bin)/visiondrop demo $(model)
 
@@ -25,10 +25,10 @@ serve: setup ## Serve the demo checkpoint until Ctrl-C (PORT=8000, ARGS="more op
 	@$(bin)/python -m vd_plugin.tools.demo_checkpoint $(model)
 	@$(bin)/visiondrop serve $(model) --port $(PORT) $(ARGS)
 
-test: setup ## Run the tests (ARGS="-m 'not engine' -k schedule" and the like; WORKERS=0 for one process)
+test: setup ## Run the tests (for example ARGS="-m 'not engine' -k schedule"; WORKERS=0 for one process)
 	@$(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-clients: setup ## Install the clients that tests/clients runs (needs Node.js 20 or newer)
+clients: setup ## Install the clients that tests/clients uses (needs Node.js 20 or newer)
 	@PYTHON=$(bin)/python tests/clients/install.sh
 
 check: setup ## Check formatting, lint, types and the order of imports
@@ -37,11 +37,11 @@ check: setup ## Check formatting, lint, types and the order of imports
 	@$(bin)/mypy
 	@$(bin)/lint-imports --no-cache
 
-fix: setup ## Format, and mend what the linter can mend
+fix: setup ## Format, and fix what the linter can fix
 	@$(bin)/ruff format .
 	@$(bin)/ruff check --fix .
 
-lock: ## Pin anew what pyproject.toml allows (then: make test)
+lock: ## Update the pins within what pyproject.toml allows (then: make test)
 	@deploy/lock.sh
 
 clean: ## Remove .venv, the demo checkpoint and caches

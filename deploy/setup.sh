@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes .venv and keeps it equal to the lock. Does nothing when nothing has changed.
+# Creates .venv and keeps it in line with the lock. Does nothing if nothing has changed.
 #
-#   deploy/setup.sh                            what the machine calls for: CUDA where nvidia-smi works, else CPU
-#   VISIONDROP_BACKEND=cpu deploy/setup.sh     cpu or cuda, whatever the machine
-#   PYTHON=python3.12 deploy/setup.sh          another Python than the first one found
+#   deploy/setup.sh                            CUDA packages if nvidia-smi works, otherwise CPU packages
+#   VISIONDROP_BACKEND=cpu deploy/setup.sh     CPU (or cuda: CUDA) packages on any machine
+#   PYTHON=python3.12 deploy/setup.sh          this Python instead of the first one found
 #
-# Two stamps inside .venv say what is installed: `.locked` (backend, place and hash of the lock) and `.project` (hash of
-# what the project's own metadata is made of). A stamp is removed before its part is touched and written after, so an
-# environment without `.locked` was interrupted and is made anew.
+# Two stamps inside .venv record what is installed: `.locked` (backend, hash of the lock, folder of the project) and
+# `.project` (hash of the files that define the project's installation). A stamp is removed before its part changes and
+# written afterwards, so an environment without `.locked` was interrupted and is created again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,7 +20,7 @@ source deploy/steps.sh
 mkdir -p .cache
 exec 9>.cache/setup.lock
 flock --nonblock 9 || {
-  say "Another set-up is at work here; waiting for it."
+  say "Another set-up is running in this folder; waiting for it to finish."
   flock 9
 }
 
@@ -53,7 +53,7 @@ install_locked() {
   "$python" -m pip install --no-input --no-deps --only-binary :all: --requirement "$lock"
 }
 
-# Uninstall what an earlier lock had and this one has not; then see that the set is whole, and of the right kind.
+# Uninstall packages that are no longer in the lock; then check that all packages are there and built for the backend.
 check_locked() {
   "$python" - "$lock" "$backend" <<'PY'
 import re, subprocess, sys

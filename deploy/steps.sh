@@ -12,7 +12,7 @@ fail() {
   exit 1
 }
 
-# step LABEL COMMAND...: run the command into the log, show that it lives, and explain it if it fails.
+# step LABEL COMMAND...: run the command with its output in the log, show progress, and explain a failure.
 step() {
   local label=$1 started=$SECONDS shown=$SECONDS status=0 first_line
   shift
@@ -39,13 +39,13 @@ step() {
   say "      done in $((SECONDS - started)) s"
 }
 
-# What pip is doing, from its log on standard input.
+# Summarise pip's log, read from standard input, as one line of progress.
 progress() {
   awk '/^(Collecting|Processing) /{n++} /^Installing collected/{last=1} {line=$0}
        END{if (last) print 0+n " packages fetched, unpacking"; else if (n) print n " packages so far"; else print substr(line, 1, 90)}'
 }
 
-# explain LABEL OUTPUT: one sentence that says what to do, then exit.
+# explain LABEL OUTPUT: print one sentence about what to do, then exit.
 explain() {
   say "      last lines of $log:"
   tail -n 5 <<<"$2" | cut -c1-200 | sed 's/^/      | /' >&2
@@ -53,17 +53,17 @@ explain() {
     *"No space left on device"* | *"Disk quota exceeded"*)
       fail "the disk is full ($1). Free some space and run make again; 'pip cache purge' removes downloads." ;;
     *"CERTIFICATE_VERIFY_FAILED"* | *"SSLError"*)
-      fail "the package index's certificate was not accepted ($1). Point pip at your network's certificates" \
+      fail "the certificate of the package index was rejected ($1). Point pip at your network's certificates" \
         "(pip config set global.cert FILE) and run make again." ;;
     *"Failed to establish a new connection"* | *"Temporary failure in name resolution"* | *"Network is unreachable"* | \
       *"Read timed out"* | *"ConnectTimeout"* | *"Connection refused"* | *"ProxyError"* | *"Connection aborted"*)
-      fail "the package index could not be reached ($1). Check the network, or pip's own settings (pip config list)," \
-        "and run make again; what was downloaded is kept." ;;
+      fail "the package index could not be reached ($1). Check the network and pip's settings (pip config list)," \
+        "then run make again; finished downloads are kept." ;;
     *"No matching distribution found"*)
-      fail "the package index has no such package for this Python ($1; see the ERROR line above). Check that pip's index" \
-        "is the one you mean (pip config list), or try another Python: make PYTHON=python3.11." ;;
+      fail "the package index has no such package for this Python ($1; see the ERROR line above). Check that pip's" \
+        "index is the right one (pip config list), or try another Python: make PYTHON=python3.11." ;;
     *)
-      fail "failed at: $1. The whole output is in $log; mend what it names and run make again." ;;
+      fail "failed at: $1. The whole output is in $log; fix the error that it reports and run make again." ;;
   esac
 }
 
@@ -74,7 +74,7 @@ stop_child() {
     wait "$child" 2>/dev/null || true
   fi
   say
-  fail "interrupted. Run make again: it starts anew where the environment may be half made."
+  fail "interrupted. Run make again: it replaces an incomplete environment."
 }
 trap stop_child INT TERM
 
@@ -98,9 +98,9 @@ find_python() {
   [[ -z $without_venv ]] ||
     fail "$without_venv has no venv module. On Debian or Ubuntu: sudo apt-get install" \
       "$("$without_venv" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'), then run make again."
-  [[ -z ${PYTHON:-} ]] || fail "PYTHON=$PYTHON is not Python $versions. Name one that is."
+  [[ -z ${PYTHON:-} ]] || fail "PYTHON=$PYTHON is not Python $versions. Set PYTHON to one that is."
   fail "no Python $versions found. On Debian or Ubuntu: sudo apt-get install python3 python3-venv," \
-    "or name one: make PYTHON=/path/to/python3.11."
+    "or specify one: make PYTHON=/path/to/python3.11."
 }
 
 # check_disk GIB
@@ -108,18 +108,19 @@ check_disk() {
   local free_kib
   free_kib=$(df -Pk . | awk 'NR == 2 {print $4}')
   ((free_kib >= $1 * 1024 * 1024)) ||
-    fail "$((free_kib / 1024 / 1024)) GiB are free on this disk and the set-up needs $1. Free some space and run make again."
+    fail "$((free_kib / 1024 / 1024)) GiB are free on this disk, but the set-up needs $1. Free some space" \
+      "and run make again."
 }
 
-# install_torch_cpu PYTHON PIN: PyTorch's CPU build, never another. Its version says so (+cpu), and the main package index
-# has no such version. pip's own sources come first (a wheel on disk, a mirror), then PyTorch's own index, by name.
+# install_torch_cpu PYTHON PIN: install PyTorch's CPU build and no other. Its version ends in +cpu; the main package
+# index has no such version. pip's configured sources (a wheel on disk, a mirror) are tried first, then PyTorch's index.
 install_torch_cpu() {
   [[ $2 == torch==*+cpu ]] || {
     echo "not a CPU build: '$2'"
     return 1
   }
   "$1" -m pip install --no-input --no-deps --only-binary :all: "$2" && return
-  echo "not among pip's own sources; asking PyTorch's own index"
+  echo "not in pip's configured sources; trying PyTorch's own index"
   "$1" -m pip install --no-input --no-deps --only-binary :all: "$uv_pin"
   "$1" -m uv pip install --python "$1" --no-deps --torch-backend=cpu "${2%+cpu}"
 }
