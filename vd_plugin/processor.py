@@ -23,7 +23,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Final, TypeAlias
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalHashes, MultiModalInput
@@ -155,13 +157,9 @@ class _BudgetProcessor:
         num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
         requested = parse_requested(given, num_images)
         self._check_places(inputs.prompt, num_images)
+        self._check_images(inputs)
         inputs = replace(inputs, hf_processor_mm_kwargs={**_without_ours(kwargs), _REQUESTED_KEY: requested})
-        try:
-            return super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        except Exception:
-            if num_images and inputs.cache is not None:
-                request_checks.forget(inputs.cache, self._get_mm_hashes(inputs)["image"])
-            raise
+        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         stock = replace(inputs, hf_processor_mm_kwargs=_without_ours(inputs.hf_processor_mm_kwargs))
@@ -218,6 +216,16 @@ class _BudgetProcessor:
             raise VLLMValidationError(
                 f"the prompt has {places} image token(s) for {num_images} image(s)", parameter="prompt"
             )
+
+    def _check_images(self, inputs: ProcessorInputs) -> None:
+        """Only decoded images pass: Hugging Face's processor would fetch a URL or open a path in place of one."""
+        items = inputs.mm_data_items.get("image")
+        for index in range(items.get_count() if isinstance(items, ImageProcessorItems) else 0):
+            if not isinstance(items.get(index), Image.Image | np.ndarray | torch.Tensor | None):
+                raise VLLMValidationError("an image must be sent as image data", parameter="messages")
+        for uuid in inputs.mm_uuid_items.get("image", ()) if inputs.mm_uuid_items else ():
+            if uuid is not None and not uuid.isprintable():
+                raise VLLMValidationError("the uuid of an image must be printable text", parameter="uuid")
 
     def _check_processed(
         self, processed: BatchFeature, mm_items: MultiModalDataItems, schedules: Sequence[Schedule]

@@ -20,9 +20,10 @@ def register() -> None:
     class VisionDropConfig(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
-            from vd_plugin.validation import check_engine, prepare_staged_engine
+            from vd_plugin.validation import check_engine, prepare_engine, prepare_staged_engine
 
             check_engine(vllm_config)
+            prepare_engine(vllm_config)
             prepare_staged_engine(vllm_config)
 
     request_tiles()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -96,8 +96,21 @@ def check_feature(feature: Any, geometry: Geometry) -> None:
     num_tiles = len(pixels) if isinstance(pixels, torch.Tensor) and geometry.grid_pinpoints else None
     check_pixels(pixels, num_tiles, geometry.tile_size)
     encoder = splits[0] if splits else None
-    if encoder is not None and (num_tiles or 1) * encoder.rows != feature.mm_position.length:
+    length = (
+        (num_tiles or 1) * encoder.rows if encoder is not None else _full_tokens(fields.get("image_sizes"), geometry)
+    )
+    if length != feature.mm_position.length:
         raise VLLMValidationError("an image's placeholders do not fit its schedule", parameter="placeholders")
+
+
+def _full_tokens(image_sizes: object, geometry: Geometry) -> int | None:
+    """Visual tokens of an image of the given size in the stock model; None if there is no size."""
+    if not geometry.grid_pinpoints:
+        return geometry.tile_patches
+    if not isinstance(image_sizes, torch.Tensor) or image_sizes.shape != (2,) or bool((image_sizes < 1).any()):
+        return None
+    height, width = image_sizes.tolist()
+    return geometry.full_tokens(int(height), int(width))
 
 
 def check_pixels(pixels: object, num_tiles: int | None, tile_size: int) -> None:
@@ -137,24 +150,11 @@ def _checking_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
         geometry = _geometry(self.model_config)
         if geometry is None:
             return stock(self, request_id, prompt, *args, **kwargs)
-        try:
-            request = stock(self, request_id, prompt, *args, **kwargs)
-            check_request(request, geometry)
-        except Exception:
-            # The front end believes that the core has this request's images from now on: it will never get them.
-            hashes = prompt.get("mm_hashes", {}) if isinstance(prompt, Mapping) else {}
-            forget(self.renderer.mm_processor_cache, (key for keys in hashes.values() for key in keys))
-            raise
+        request = stock(self, request_id, prompt, *args, **kwargs)
+        check_request(request, geometry)
         return request
 
     return process_inputs
-
-
-def forget(cache: Any, identifiers: Iterable[str]) -> None:
-    """Have images sent to the engine core again when they are next used, though the front end has seen them."""
-    if cache is not None:
-        for identifier in identifiers:
-            cache.invalidate(identifier)
 
 
 def _checking_prompts(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -103,6 +103,18 @@ def check_decoder(decoder: Any, geometry: Geometry) -> None:
         )
 
 
+def prepare_engine(vllm_config: VllmConfig) -> None:
+    """Set the engine flags that budgets need.
+
+    vLLM's front end remembers which processed images the engine core has, and sends those by name. It is wrong about an
+    image whose first request was refused or dropped after processing, or has been overtaken by another one with the
+    same image: that one fails. Here the front end keeps the processed images itself, and always sends them.
+    """
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None:
+        multimodal.mm_processor_cache_type = "processor_only"
+
+
 def prepare_staged_engine(vllm_config: VllmConfig) -> None:
     """Set the engine flags that pruning inside the decoder needs, unless they are set already.
 

@@ -95,7 +95,7 @@ def test_the_command_writes_a_picture_and_the_data(demo: Path, tmp_path: Path, b
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["/no/such.png", "--budget", "320"], "cannot read the picture"),
+        (["/no/such.png", "--budget", "320"], "cannot read the image"),
         (["PICTURE", "--budget", "31"], "at least 32"),
         (["PICTURE", "--budget", "lots"], "at least 32"),
         (["PICTURE", "--model", "/no/such/model"], "no such model folder"),

@@ -270,6 +270,18 @@ def test_images_without_a_place_are_refused(processor: Processor) -> None:
         processor(PROMPT, [WIDE, TALL])
 
 
+@pytest.mark.parametrize("content", ["http://127.0.0.1:9/a.png", "/etc/hostname", 3, {}, b"bytes"], ids=repr)
+@pytest.mark.parametrize("asked", [{}, {"visual_token_budget": 160}], ids=str)
+def test_what_is_no_image_is_neither_fetched_nor_opened(
+    processor: Processor, content: Any, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM passes on what a chat's `image_pil` part holds, and Hugging Face's processor would look for it."""
+    monkeypatch.setattr(processor.vllm, "_apply_hf_processor_main", lambda *_, **__: pytest.fail("processed"))
+    with pytest.raises((VLLMValidationError, TypeError)) as caught:
+        processor(PROMPT, [content], asked)
+    assert isinstance(caught.value, VLLMValidationError) or content == {}
+
+
 # What comes out of the image processor
 
 

@@ -37,18 +37,24 @@ class Feature:
 
 
 def feature(identifier: str = IDENTIFIER, length: int = 12, **fields: Any) -> Feature:
-    values = {"visual_token_schedule": torch.tensor(SPLITS), "pixel_values": torch.zeros(3, 3, SIDE, SIDE), **fields}
+    values = {
+        "visual_token_schedule": torch.tensor(SPLITS),
+        "pixel_values": torch.zeros(3, 3, SIDE, SIDE),
+        "image_sizes": torch.tensor([28, 56]),
+        **fields,
+    }
     data = {name: SimpleNamespace(data=value) for name, value in values.items() if value is not None}
     return Feature(identifier, data, SimpleNamespace(offset=0, length=length))
 
 
 FULL = torch.zeros(4, 2, dtype=torch.int32)
+NUM_FULL = GEOMETRY.full_tokens(28, 56)
 
 ACCEPTED = {
     "pruned": feature(),
-    "in full": feature("image", 20, visual_token_schedule=FULL),
+    "in full": feature("image", NUM_FULL, visual_token_schedule=FULL),
     "in the decoder alone": feature(
-        "image~visiondrop:-5.1-4.0-2.1", 20, visual_token_schedule=torch.tensor([[0, 0], *SPLITS[1:]])
+        "image~visiondrop:-5.1-4.0-2.1", NUM_FULL, visual_token_schedule=torch.tensor([[0, 0], *SPLITS[1:]])
     ),
     "known to the engine core": Feature(IDENTIFIER, None, SimpleNamespace(offset=0, length=12)),
 }
@@ -67,6 +73,8 @@ REFUSED = {
     "a schedule for an image in full": (feature("image", 20), "not that of its identifier"),
     "no schedule": (feature(visual_token_schedule=None), "not that of its identifier"),
     "a schedule that is no tensor": (feature(visual_token_schedule=SPLITS), "not that of its identifier"),
+    "fewer placeholders in full": (feature("image", 5, visual_token_schedule=FULL), "placeholders do not fit"),
+    "no size": (feature("image", NUM_FULL, visual_token_schedule=FULL, image_sizes=None), "placeholders do not fit"),
     "fewer placeholders": (feature(length=11), "placeholders do not fit"),
     "fewer tiles": (feature(pixel_values=torch.zeros(2, 3, SIDE, SIDE)), "placeholders do not fit"),
     "no pixels": (feature(pixel_values=None), "processed to NoneType"),

@@ -18,6 +18,8 @@ from engines import FAST
 from vllm import envs
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal.cache import engine_receiver_cache_from_config, processor_cache_from_config
+from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
 
 import vd_plugin
 from vd_plugin.cpu.bootstrap import ENVIRONMENT
@@ -186,6 +188,13 @@ def test_settings_are_looked_at_again_when_they_are_final(
     change(staged)
     with pytest.raises(NotImplementedError, match=f"VisionDrop does not support .*{says}"):
         check_final(staged)
+
+
+def test_the_front_end_always_sends_images(demo: Path) -> None:
+    """vLLM's caches by name, one on each side, drift apart: see `prepare_engine`."""
+    config = EngineArgs(**vd_plugin.engine_args(str(demo), **FAST)).create_engine_config()
+    assert type(processor_cache_from_config(config)) is MultiModalProcessorOnlyCache
+    assert engine_receiver_cache_from_config(config) is None
 
 
 @pytest.mark.parametrize("flag", ["enable_scale_out", "tokens_only"])

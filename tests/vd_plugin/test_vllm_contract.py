@@ -73,7 +73,6 @@ SIGNATURES = {
     "vllm.renderers.base:BaseRenderer._process_tokens": ["self", "prompt", "skip_mm_cache"],
     "vllm.renderers.base:BaseRenderer._process_tokens_async": ["self", "prompt", "skip_mm_cache"],
     "vllm.renderers.base:BaseRenderer.get_mm_processor": ["self"],
-    "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.invalidate": ["self", "mm_hash"],
     # scheduler.py, kv_cache.py
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": ["self", "throttle_prefills"],
     "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit": ["self", "request"],
@@ -130,7 +129,7 @@ FIELDS = {
     ],
     "vllm.config.multimodal:MultiModalConfig": ["enable_mm_embeds", "mm_hasher_algorithm", "mm_processor_cache_type"],
     "vllm.config:SchedulerConfig": ["max_num_encoder_input_tokens"],
-    f"{PROCESSING}:ProcessorInputs": ["cache", "hf_processor_mm_kwargs", "mm_data_items"],
+    f"{PROCESSING}:ProcessorInputs": ["hf_processor_mm_kwargs", "mm_data_items", "mm_uuid_items", "prompt"],
     "vllm.config:CacheConfig": ["kv_offloading_size"],
 }
 """Dataclass -> the fields that we read, or replace."""
@@ -146,7 +145,6 @@ NAMES = [
     "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
     "vllm.multimodal:MULTIMODAL_REGISTRY",
     "vllm.multimodal.inputs:MultiModalKwargsItems",
-    "vllm.renderers.base:BaseRenderer.mm_processor_cache",
     f"{PROCESSING}:PromptUpdate",
     f"{PROCESSING}.context:TimingContext",
     "vllm.utils.argparse_utils:FlexibleArgumentParser",
@@ -223,7 +221,7 @@ def test_our_processors_override_what_exists() -> None:
     """A renamed hook of vLLM's would leave ours uncalled, in silence."""
     ours = _find("vd_plugin.processor:_BudgetProcessor")
     for stock in (f"{NEXT}:LlavaNextMultiModalProcessor", f"{LLAVA}:LlavaMultiModalProcessor"):
-        own = {"_check_places", "_check_processed", "_resolve", "_resolve_image"}
+        own = {"_check_images", "_check_places", "_check_processed", "_resolve", "_resolve_image"}
         hooks = {name for name, value in vars(ours).items() if callable(value)} - own
         assert len(hooks) == 6
         assert not {name for name in hooks if not hasattr(_find(stock), name)}

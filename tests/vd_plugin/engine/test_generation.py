@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_logprobs_are_those_of_the_most_likely_tokens(engine: Engine) -> None:
         )
 
 
+SCHEDULE = [[8, 2], [9, 3], [6, 2], [4, 1]]
 PROMPT_LOGPROBS = [{"prompt_logprobs": 1}, {"prompt_logprob_token_ids": [[5, 6]] * 20}]
 
 
@@ -93,26 +95,51 @@ def test_the_scheduler_ends_what_went_past_the_front_end(engine: Engine, monkeyp
 
 
 def test_an_image_serves_again_after_a_refusal(engine: Engine) -> None:
-    """The front end thinks that the engine core has an image once it was processed: after a refusal it has not."""
-    engine.forget()
-    refused = [
-        SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1),
-        SamplingParams(temperature=0, max_tokens=2, min_tokens=2, stop_token_ids=[-1], prompt_logprobs=0),
-    ]
-    for params in refused:
-        with pytest.raises(VLLMValidationError):
-            engine.llm.generate([ASKED], params, use_tqdm=False)
-        assert len(engine.generate(ASKED)[0].token_ids) == 4
-    engine.forget()
+    """Wherever a request ends before the engine core gets its image, the next one with that image is answered."""
+    expected = engine.generate(ASKED)[0].token_ids
     few = len(engine.generate(TEXT)[0].prompt_token_ids)
-    too_long = {**ASKED, "prompt": ASKED["prompt"] + TEXT["prompt"] * (4000 // few)}
-    with pytest.raises(VLLMValidationError, match="longer than the maximum model length"):
-        engine.generate(too_long)
-    assert len(engine.generate(ASKED)[0].token_ids) == 4
+    refused: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+        "parameters": (ASKED, {"prompt_logprobs": 1}, "not available for prompts with pruned images"),
+        "length": (
+            {**ASKED, "prompt": ASKED["prompt"] + TEXT["prompt"] * (4000 // few)},
+            {},
+            "longer than the maximum model length",
+        ),
+        "places": (
+            {**ASKED, "multi_modal_data": {"image": ASKED["multi_modal_data"]["image"] * 2}},
+            {},
+            r"1 image token\(s\) for 2 image",
+        ),
+    }
+    for asked, fields, says in refused.values():
+        engine.forget()
+        with pytest.raises(VLLMValidationError, match=says):
+            engine.llm.generate([asked], SamplingParams(temperature=0, max_tokens=2, **fields), use_tqdm=False)
+        assert engine.generate(ASKED)[0].token_ids == expected
+
+
+def test_a_request_may_overtake_another_one_with_the_same_image(engine: Engine) -> None:
+    """Both are processed, and the second one comes first, or alone: the first one's client may have left."""
+    expected = engine.generate(ASKED)[0].token_ids
     engine.forget()
-    with pytest.raises(VLLMValidationError, match=r"1 image token\(s\) for 2 image"):
-        engine.generate({**ASKED, "multi_modal_data": {"image": ASKED["multi_modal_data"]["image"] * 2}})
-    assert len(engine.generate(ASKED)[0].token_ids) == 4
+    renderer = engine.llm.llm_engine.renderer
+    _, second = (renderer.render_cmpl([ASKED], renderer.default_cmpl_tok_params)[0] for _ in range(2))
+    assert engine.generate(second)[0].token_ids == expected
+
+
+def test_an_image_of_another_size_under_one_uuid_ends_nothing(engine: Engine) -> None:
+    """The client's fault, but only its own: whatever it gets, the next requests are answered."""
+    expected = engine.generate(ASKED)[0].token_ids
+    engine.forget()
+    small, large = draw(60, 60), draw(640, 640)
+    for image in (small, large, small):
+        named = request("USER: <image> ASSISTANT:", [image], uuids=["name"], visual_token_schedule=SCHEDULE)
+        with contextlib.suppress(VLLMValidationError):
+            engine.generate(named)
+        with pytest.raises(VLLMValidationError, match="not available"):
+            engine.llm.generate([named], SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1), use_tqdm=False)
+    assert len(engine.generate(named)[0].token_ids) == 4
+    assert engine.generate(ASKED)[0].token_ids == expected
 
 
 def test_images_of_a_streaming_session_are_refused(engine: Engine) -> None:
