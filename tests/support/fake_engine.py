@@ -139,28 +139,17 @@ class FakeEngine:
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "".join(WORDS)}}
             await reply.json(200, {**_head("chat.completion"), "choices": [choice], "usage": usage})
             return
-        await reply.start(200, "text/event-stream")
-        for number, word in enumerate(WORDS):
-            await self._step(receive)
-            if self.end_after == number:
-                await reply.end()
-                return
-            if self.break_after == number:
-                raise ConnectionResetError("the fake engine breaks off")
-            if self.error_after is not None and self.error_after[0] == number:
-                await reply.event({"error": self.error_after[1]})
-                break
+        events: list[dict[str, Any]] = []
+        for word in WORDS:
             delta = {"index": 0, "delta": {"content": word}, "finish_reason": None}
-            chunk: dict[str, Any] = {**_head("chat.completion.chunk"), "choices": [delta]}
+            events.append({**_head("chat.completion.chunk"), "choices": [delta]})
             if body["stream_options"].get("continuous_usage_stats"):
-                chunk["usage"] = usage
-            await reply.event(chunk)
-            if self.hold:
-                await self._hold(receive)
-        if body["stream_options"]["include_usage"]:
-            await reply.event({**_head("chat.completion.chunk"), "choices": [], "usage": usage})
-        await reply.event("[DONE]")
-        await reply.end()
+                events[-1]["usage"] = usage
+        if await self._send_events(events, receive, reply):
+            if body["stream_options"]["include_usage"]:
+                await reply.event({**_head("chat.completion.chunk"), "choices": [], "usage": usage})
+            await reply.event("[DONE]")
+            await reply.end()
 
     async def _complete(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
         if body == CANARY:
@@ -179,14 +168,11 @@ class FakeEngine:
             ]
             await reply.json(200, {**head, "choices": choices, "usage": usage})
             return
-        await reply.start(200, "text/event-stream")
-        for word in ("a ", "b"):
-            await reply.event({**head, "choices": [{"index": 0, "text": word, "finish_reason": None}]})
-            if self.hold:
-                await self._hold(receive)
-        await reply.event({**head, "choices": [], "usage": usage})
-        await reply.event("[DONE]")
-        await reply.end()
+        choices = [{"index": 0, "text": word, "finish_reason": None} for word in ("a ", "b")]
+        if await self._send_events([{**head, "choices": [choice]} for choice in choices], receive, reply):
+            await reply.event({**head, "choices": [], "usage": usage})
+            await reply.event("[DONE]")
+            await reply.end()
 
     async def _respond(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
         parts = [{"type": "output_text", "text": "".join(WORDS), "annotations": []}]
@@ -202,20 +188,30 @@ class FakeEngine:
         if not body.get("stream"):
             await reply.json(200, whole)
             return
-        await reply.start(200, "text/event-stream")
         events = [{"type": "response.created", "response": {**whole, "usage": None}}]
         events += [{"type": "response.output_text.delta", "delta": word} for word in WORDS]
         events += [{"type": "response.completed", "response": whole}]
+        if await self._send_events(
+            [{**event, "sequence_number": number} for number, event in enumerate(events)], receive, reply
+        ):
+            await reply.end()
+
+    async def _send_events(self, events: list[dict[str, Any]], receive: Any, reply: _Reply) -> bool:
+        """Begin a stream with these events, named by their types; False if a fault has ended it."""
+        await reply.start(200, "text/event-stream")
         for number, event in enumerate(events):
+            await self._step(receive)
             if self.break_after == number:
                 raise ConnectionResetError("the fake engine breaks off")
             if self.error_after is not None and self.error_after[0] == number:
                 await reply.event({"error": self.error_after[1]})
-                break
-            if self.end_after == number:
-                break
-            await reply.event({**event, "sequence_number": number}, str(event["type"]))
-        await reply.end()
+            if self.end_after == number or (self.error_after is not None and self.error_after[0] == number):
+                await reply.end()
+                return False
+            await reply.event(event, event.get("type"))
+            if self.hold:
+                await self._hold(receive)
+        return True
 
     async def _tokenize(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
         """A word is a token."""

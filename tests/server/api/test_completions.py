@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 import httpx
 import pytest
-from asgi_transport import AsgiTransport
 from fake_engine import MODEL, FakeEngine, sse_data
-from gateway import make_app
-from images import picture
-from metric_text import metrics_of
-
-from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -106,67 +99,3 @@ async def test_bad_requests_get_a_sentence(
 ) -> None:
     assert_refused(await client.post(ROUTE, json=fields), param, words)
     assert not engine.calls
-
-
-async def test_refusals_of_the_engine_are_passed_on(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    engine.refusal = (400, {"error": {"message": "out of vocabulary", "type": "x", "param": None, "code": 400}})
-    for stream in (True, False):
-        assert_refused(await client.post(ROUTE, json={"prompt": [9], "stream": stream}), None, "vocabulary")
-    engine.refusal = (500, {"error": {"message": "CUDA"}})
-    assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 502
-
-
-@pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_goes_away_frees_the_engine(
-    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
-) -> None:
-    engine.hold_before_answer = True
-    task = asyncio.ensure_future(client.post(ROUTE, json={"prompt": "a", "stream": stream}))
-    await asyncio.wait_for(engine.asked.wait(), timeout=5)
-    task.cancel()
-    await asyncio.wait_for(engine.closed.wait(), timeout=2)
-
-
-async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    answer = (await client.post("/tokenize", json={"prompt": "one two", "return_token_strs": True})).json()
-    assert answer == {"count": 2, "max_model_len": 99, "tokens": [0, 1], "token_strs": ["one", "two"]}
-    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    assert (await client.post("/tokenize", json={"messages": messages})).status_code == 200
-    assert engine.calls[-1] == ("/tokenize", {"messages": messages})
-    assert (await client.post("/detokenize", json={"tokens": [1, 2]})).json() == {"prompt": "word word "}
-
-
-@pytest.mark.parametrize(
-    ("path", "fields", "param", "words"),
-    [
-        ("/tokenize", {}, "prompt", "either"),
-        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt", "either"),
-        ("/tokenize", {"prompt": "a", "tools": []}, "tools", "messages"),
-        ("/tokenize", {"prompt": "a", "chat_template": "b"}, "chat_template", "cannot be set"),
-        ("/tokenize", {"prompt": "a", "mm_processor_kwargs": {}}, "mm_processor_kwargs", "cannot be set"),
-        (
-            "/tokenize",
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture()}}]}]},
-            "messages[0].content[0]",
-            "/v1/visual_tokens/count",
-        ),
-        ("/detokenize", {"tokens": [-1]}, "tokens[0]", "greater"),
-        ("/detokenize", {"tokens": "a"}, "tokens", "list"),
-        ("/detokenize", {"tokens": [1], "x": 1}, "x", "unknown field"),
-    ],
-)
-async def test_bad_token_requests_get_a_sentence(
-    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str, words: str
-) -> None:
-    assert_refused(await client.post(path, json=fields), param, words)
-    assert not engine.calls
-
-
-async def test_bodies_have_a_limit(engine: FakeEngine) -> None:
-    app = make_app(Settings(max_body_bytes=1000), engine)
-    async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
-        for path in (ROUTE, "/tokenize", "/detokenize"):
-            assert (
-                await client.post(path, content=b" " * 1001, headers={"Content-Type": "application/json"})
-            ).status_code == 413
-        assert "visiondrop_requests_total" in await metrics_of(client)

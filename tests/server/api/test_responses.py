@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -91,27 +90,12 @@ async def test_a_stream_has_named_events_and_ends_with_usage(client: httpx.Async
     assert last["response"]["usage"] == (await client.post(ROUTE, json=body)).json()["usage"]
 
 
-@pytest.mark.parametrize(
-    ("fault", "status"),
-    [
-        ({"break_after": 2}, 502),
-        ({"end_after": 2}, 502),
-        ({"error_after": (2, {"message": "CUDA", "code": 500})}, 502),
-        ({"error_after": (2, {"message": "too long", "code": 400})}, 400),
-    ],
-)
-async def test_a_failure_on_the_way_is_the_last_event(
-    client: httpx.AsyncClient, engine: FakeEngine, fault: dict[str, Any], status: int
-) -> None:
-    vars(engine).update(fault)
-    events = await events_of(client, ask(picture()))
-    assert len(events) == 3
-    name, last = events[-1]
+async def test_an_error_event_goes_on_with_the_numbers(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.break_after = 2
+    name, last = (await events_of(client, ask(picture())))[-1]
     assert name == last["type"] == "error"
     assert last["sequence_number"] == 2
-    assert set(last["error"]) == {"message", "type", "param", "code"}
-    assert "CUDA" not in last["message"]
-    assert (status == 400) == ("too long" in last["message"])
+    assert last["message"] == last["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -160,14 +144,6 @@ async def test_bad_requests_get_a_sentence(
     assert error["param"] == param, error
     assert words in error["message"]
     assert not engine.calls
-
-
-async def test_a_client_that_goes_away_frees_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    engine.hold_before_answer = True
-    task = asyncio.ensure_future(client.post(ROUTE, json=ask(picture())))
-    await asyncio.wait_for(engine.asked.wait(), timeout=5)
-    task.cancel()
-    await asyncio.wait_for(engine.closed.wait(), timeout=2)
 
 
 async def test_too_many_images_for_any_minute_name_the_input(engine: FakeEngine) -> None:
