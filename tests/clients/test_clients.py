@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from client_engine import TOOL_ARGUMENTS
 from fake_engine import GEOMETRY, MODEL, WORDS
-from images import picture
+from images import image
 from served_gateway import serve
 
 from vd_plugin.schedule import PRESETS, resolve
@@ -38,7 +38,7 @@ def laws_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "model": MODEL,
             "answer": "".join(WORDS),
             "tool_arguments": TOOL_ARGUMENTS,
-            "picture": picture(WIDTH, HEIGHT),
+            "picture": image(WIDTH, HEIGHT),
             "plans": {
                 name: {
                     "full": plan.full,

@@ -1,4 +1,4 @@
-"""A flood of picture requests, by autocannon, against a gateway process with little room.
+"""A flood of image requests, by autocannon, against a gateway process with little room.
 
 Accepted requests keep flowing, everything else is turned away with a time to come back, and afterwards nothing is left.
 """
@@ -18,14 +18,14 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from images import ask, picture
+from images import ask, image
 from served_gateway import MIB, ServedGateway, serve, wait_for
 
 CONNECTIONS = 64
 SECONDS = 5
 MOST_REQUESTS = 20_000
 
-QUESTION = ask(picture(100, 50), visual_token_budget="low")
+QUESTION = ask(image(100, 50), visual_token_budget="low")
 
 
 @contextmanager

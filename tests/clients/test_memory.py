@@ -1,4 +1,4 @@
-"""The gateway's memory over thousands of requests: pictures, streams, errors and clients that leave, all mixed."""
+"""The gateway's memory over thousands of requests: images, streams, errors and clients that leave, all mixed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import cycle, islice
 from urllib.parse import urlsplit
 
 import pytest
-from images import ask, picture
+from images import ask, image
 from served_gateway import MIB, ServedGateway, serve, wait_for
 
 pytestmark = pytest.mark.slow
@@ -38,10 +38,10 @@ def _request(body: dict[str, object]) -> bytes:
 
 def _kinds() -> list[tuple[str, bytes, int]]:
     """What is sent in turn: a name, the bytes, and the status of the answer, or how the client leaves."""
-    question = ask(picture(100, 50), visual_token_budget="low")
+    question = ask(image(100, 50), visual_token_budget="low")
     plain = _request(question)
-    turned = _request(ask(picture(300, 200, "blue"), picture(90, 90)))
-    slow = ask(picture(), stream=True)
+    turned = _request(ask(image(300, 200, "blue"), image(90, 90)))
+    slow = ask(image(), stream=True)
     slow["messages"][0]["content"][-1]["text"] = "slowly"
     return [
         ("plain", plain, 200),

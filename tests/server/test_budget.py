@@ -44,7 +44,7 @@ def test_class_is_the_smallest_preset_that_covers_the_number(budget: Budget, lab
     assert label in CLASSES
 
 
-def test_class_of_a_request_is_the_largest_of_its_pictures() -> None:
+def test_class_of_a_request_is_the_largest_of_its_images() -> None:
     def label(*budgets: Budget) -> str:
         return request_class([resolve(GEOMETRY, 672, 672, budget) for budget in budgets])
 
@@ -61,7 +61,7 @@ def test_budget_that_reaches_the_stock_count_is_full() -> None:
     assert reached.effective_budget == "full"
 
 
-def test_each_picture_gets_its_own_schedule() -> None:
+def test_each_image_gets_its_own_schedule() -> None:
     plans = plan_images(GEOMETRY, [BIG, SMALL], [Choice(160, None), Choice(320, None)])
     assert plans == (resolve(GEOMETRY, 672, 672, 160), resolve(GEOMETRY, 30, 40, 320))
 
@@ -130,7 +130,7 @@ def test_the_maximum_caps_what_is_above_it_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(("place", "param"), [("body", "visual_token_budget"), ("header", "X-Visual-Token-Budget")])
-def test_budget_without_pictures_is_refused(place: str, param: str) -> None:
+def test_budget_without_images_is_refused(place: str, param: str) -> None:
     with pytest.raises(InvalidRequestError, match="no images") as error:
         choose(**{place: 320})
     assert error.value.param == param

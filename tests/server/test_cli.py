@@ -177,7 +177,7 @@ def test_explain_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert commands == [[sys.executable, "-m", "vd_plugin.tools.explain", "picture.png", "--budget", "low"]]
 
 
-def test_odd_pictures_write_nothing_and_are_not_remembered(tmp_path: Path) -> None:
+def test_odd_images_write_nothing_and_are_not_remembered(tmp_path: Path) -> None:
     script = tmp_path / "odd.py"
     script.write_text(
         "import struct, PIL.Image\n"

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from fake_engine import GEOMETRY, MODEL, WORDS, FakeEngine
 from gateway import make_app
-from images import ask, picture
+from images import ask, image
 
 from server.settings import Settings
 from vd_plugin.schedule import resolve
@@ -35,7 +35,7 @@ def client(engine: FakeEngine) -> Iterator[openai.OpenAI]:
 
 def test_budget_travels_in_extra_body_and_usage_comes_back(client: openai.OpenAI, engine: FakeEngine) -> None:
     answer = client.chat.completions.create(
-        model=MODEL, messages=ask(picture(800, 600))["messages"], extra_body={"visual_token_budget": "low"}
+        model=MODEL, messages=ask(image(800, 600))["messages"], extra_body={"visual_token_budget": "low"}
     )
     assert answer.choices[0].message.content == "".join(WORDS)
     assert answer.usage is not None
@@ -49,7 +49,7 @@ def test_budget_travels_in_extra_body_and_usage_comes_back(client: openai.OpenAI
 def test_stream_with_usage(client: openai.OpenAI) -> None:
     *chunks, last = client.chat.completions.create(
         model=MODEL,
-        messages=ask(picture())["messages"],
+        messages=ask(image())["messages"],
         stream=True,
         stream_options={"include_usage": True},
     )
@@ -58,7 +58,7 @@ def test_stream_with_usage(client: openai.OpenAI) -> None:
 
 
 def test_errors_are_those_that_the_client_knows(client: openai.OpenAI, engine: FakeEngine) -> None:
-    messages = ask(picture())["messages"]
+    messages = ask(image())["messages"]
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model=MODEL, messages=messages, extra_body={"visual_token_budget": 31})
     assert error.value.param == "visual_token_budget"
@@ -76,7 +76,7 @@ def test_models_can_be_listed(client: openai.OpenAI) -> None:
 
 def test_closing_a_stream_frees_the_engine(client: openai.OpenAI, engine: FakeEngine) -> None:
     engine.hold = True
-    stream = client.chat.completions.create(model=MODEL, messages=ask(picture())["messages"], stream=True)
+    stream = client.chat.completions.create(model=MODEL, messages=ask(image())["messages"], stream=True)
     next(iter(stream))
     assert not engine.closed.is_set()
     stream.close()

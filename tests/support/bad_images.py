@@ -1,4 +1,4 @@
-"""Pictures as clients should not send them, and some that look wrong but are right, with what must come of each."""
+"""Images as clients should not send them, and some that look wrong but are right, with what must come of each."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from images import data_url, encode, png, png_chunk
 from PIL import Image
 
 SIZE = (48, 36)
-"""Of every accepted picture."""
+"""Of every accepted image."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageCase:
-    """`status` 200 means that the picture is accepted, and has SIZE; `code` is the error's."""
+    """`status` 200 means that the image is accepted, and has SIZE; `code` is the error's."""
 
     name: str
     url: str
@@ -28,7 +28,7 @@ class ImageCase:
 
 def image_cases() -> Iterator[ImageCase]:
     """All cases; the same bytes at every call."""
-    yield from _not_pictures()
+    yield from _not_images()
     yield from _damaged()
     yield from _traps()
     yield from _unusual()
@@ -36,7 +36,7 @@ def image_cases() -> Iterator[ImageCase]:
 
 
 def photo(mode: str = "RGB") -> Image.Image:
-    """A picture with something in it."""
+    """An image with something in it."""
     channel = Image.radial_gradient("L").resize(SIZE)
     return Image.merge("RGB", (channel, channel.rotate(180), Image.linear_gradient("L").resize(SIZE))).convert(mode)
 
@@ -56,7 +56,7 @@ def _good(name: str, data: bytes) -> ImageCase:
     return ImageCase(name, data_url(data), 200, None)
 
 
-def _not_pictures() -> Iterator[ImageCase]:
+def _not_images() -> Iterator[ImageCase]:
     for name, data in {
         "nothing": b"",
         "one byte": b"\xff",

@@ -118,7 +118,7 @@ class Engine:
 
 
 def draw(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture of soft colours: resizing it rounds little, and every tile differs from the others."""
+    """An image of soft colours: resizing it rounds little, and every tile differs from the others."""
     random = np.random.default_rng(seed)
     small = Image.fromarray(random.integers(0, 256, (7, 7, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,6 +1,6 @@
 """An engine without a model: vLLM's HTTP surface as far as the gateway uses it, as a small ASGI app.
 
-It counts as the real one does: it decodes the pictures that it is sent and resolves the budgets of
+It counts as the real one does: it decodes the images that it is sent and resolves the budgets of
 `mm_processor_kwargs` with the project's arithmetic, so that a gateway that plans with other sizes is found out.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures for the gateway's tests, as bytes and as data URLs."""
+"""Images for the gateway's tests, as bytes and as data URLs."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def decode_as_engine(url: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def picture(width: int = 100, height: int = 50, color: str = "red") -> str:
-    """A plain RGB picture."""
+def image(width: int = 100, height: int = 50, color: str = "red") -> str:
+    """A plain RGB image."""
     return data_url(encode(Image.new("RGB", (width, height), color)))
 
 
@@ -66,6 +66,6 @@ def png(width: int, height: int, depth: int, colors: int, rows: bytes, *chunks: 
 
 
 def ask(*urls: str, **fields: Any) -> dict[str, Any]:
-    """A chat request about some pictures."""
+    """A chat request about some images."""
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}], **fields}

@@ -1,4 +1,4 @@
-"""A server of pictures on loopback that answers every path as it was told to, rightly or wrongly."""
+"""A server of images on loopback that answers every path as it was told to, rightly or wrongly."""
 
 from __future__ import annotations
 

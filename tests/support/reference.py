@@ -116,12 +116,12 @@ def decoder_scores(queries: Tensor, keys: Tensor, start: int, count: int) -> Ten
 
 @dataclass
 class Image:
-    """A picture ready for the tower, and what is to be kept of it."""
+    """An image ready for the tower, and what is to be kept of it."""
 
     pixel_values: Tensor
     """(T, 3, side, side): base view first, then the tiles row-major."""
     size: Pair = (336, 336)
-    """(height, width) of the picture itself."""
+    """(height, width) of the image itself."""
     encoder: Pair | None = None
     """Per tile; None = the stock model's rows."""
     decoder: Sequence[Pair | None] = ()
@@ -194,7 +194,7 @@ class Reference:
     # Vision
 
     def prepare(self, picture: Any, encoder: Pair | None = None, decoder: Sequence[Pair | None] = ()) -> Image:
-        """A PIL picture through the checkpoint's own image processor (PIL back end: resized as the authors do)."""
+        """A PIL image through the checkpoint's own image processor (PIL back end: resized as the authors do)."""
         from transformers import AutoImageProcessor
 
         processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil")

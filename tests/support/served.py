@@ -69,8 +69,8 @@ class Server:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
         self.model = self.client.models.list().data[0].id
 
-    def ask(self, *pictures: Image.Image, question: str = "What is this?", **options: Any) -> Any:
-        content: list[Any] = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+    def ask(self, *images: Image.Image, question: str = "What is this?", **options: Any) -> Any:
+        content: list[Any] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
         content.append({"type": "text", "text": question})
         options = {"max_tokens": 4, "temperature": 0, **options}
         return self.client.chat.completions.create(
@@ -78,7 +78,7 @@ class Server:
         )
 
 
-def data_url(picture: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -36,7 +36,7 @@ def checkpoint(name: str, fallback: Path) -> Path:
 
 
 def start_large(demo: Path) -> Engine:
-    """The demo checkpoint, with 16 seats and a KV cache that just holds two pictures of 2,928 tokens in full."""
+    """The demo checkpoint, with 16 seats and a KV cache that just holds two images of 2,928 tokens in full."""
     if engines._running is not None and engines._running[1].llm.llm_engine.has_unfinished_requests():
         engines.stop()  # a failed test has left it broken
     return engines.start(

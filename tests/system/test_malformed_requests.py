@@ -137,7 +137,7 @@ class Engine:
         return [(step["token"], step["logprob"]) for step in answer["choices"][0]["logprobs"]["content"]]
 
 
-def picture(seed: int, uuid: str | None = None) -> dict[str, Any]:
+def image(seed: int, uuid: str | None = None) -> dict[str, Any]:
     part: dict[str, Any] = {"type": "image_url", "image_url": {"url": data_url(draw(100, 60, seed=seed))}}
     return {**part, "uuid": uuid} if uuid else part
 
@@ -158,7 +158,7 @@ def engine(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eng
 
 def test_malformed_requests_are_refused_and_the_neighbour_does_not_notice(engine: Engine) -> None:
     alone = engine.write()
-    answered = engine.write(picture(0), mm_processor_kwargs=BUDGET, num_tokens=8)
+    answered = engine.write(image(0), mm_processor_kwargs=BUDGET, num_tokens=8)
     heard: list[list[tuple[str, float]]] = []
     stop = threading.Event()
 
@@ -179,12 +179,12 @@ def test_malformed_requests_are_refused_and_the_neighbour_does_not_notice(engine
 
     try:
         for number, kwargs in enumerate(KWARGS):
-            send(picture(1), mm_processor_kwargs=kwargs)
-            send(picture(number + 2), mm_processor_kwargs={**BUDGET, **kwargs})
+            send(image(1), mm_processor_kwargs=kwargs)
+            send(image(number + 2), mm_processor_kwargs={**BUDGET, **kwargs})
         for fields in BODIES:
-            send(picture(1), **fields)
+            send(image(1), **fields)
         for identifier in ("a~visiondrop:1.1-1.1-1.1-1.1", "~visiondrop:", "x" * 10_000):
-            send(picture(3, identifier), mm_processor_kwargs=BUDGET)
+            send(image(3, identifier), mm_processor_kwargs=BUDGET)
     finally:
         stop.set()
         neighbour.join()
@@ -194,7 +194,7 @@ def test_malformed_requests_are_refused_and_the_neighbour_does_not_notice(engine
     assert heard
     for answer in heard:
         assert_same(answer, alone)
-    assert_same(engine.write(picture(0), mm_processor_kwargs=BUDGET, num_tokens=8), answered)
+    assert_same(engine.write(image(0), mm_processor_kwargs=BUDGET, num_tokens=8), answered)
 
 
 def assert_same(one: list[tuple[str, float]], other: list[tuple[str, float]]) -> None:
@@ -215,9 +215,9 @@ def test_malformed_arguments_are_refused_without_an_image(engine: Engine, kwargs
 
 
 def test_the_sentence_says_what_to_do(engine: Engine) -> None:
-    error = engine.chat(picture(0), mm_processor_kwargs={**BUDGET, "device": "cuda"}).json()["error"]
+    error = engine.chat(image(0), mm_processor_kwargs={**BUDGET, "device": "cuda"}).json()["error"]
     assert "mm_processor_kwargs may set visual_token_budget or visual_token_schedule" in error["message"]
     assert "allow_processor_kwargs" in error["message"]
-    error = engine.chat(picture(0), mm_processor_kwargs=BUDGET, prompt_logprobs=1).json()["error"]
+    error = engine.chat(image(0), mm_processor_kwargs=BUDGET, prompt_logprobs=1).json()["error"]
     assert "prompt_logprobs are not available for prompts with pruned images" in error["message"]
     assert error["param"] == "prompt_logprobs"

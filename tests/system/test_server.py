@@ -75,9 +75,9 @@ def expected(*schedules: Schedule) -> dict[str, Any]:
 
 @pytest.mark.parametrize("budget", [*PRESETS, FULL, 32, 100_000, None])
 def test_each_budget_is_served_and_reported(server: Server, geometry: Geometry, budget: str | int | None) -> None:
-    picture = draw(672, 672)
+    image = draw(672, 672)
     extra = {} if budget is None else {"visual_token_budget": budget}
-    answer = server.ask(picture, extra_body=extra)
+    answer = server.ask(image, extra_body=extra)
     schedule = resolve(geometry, 672, 672, parse_budget("high" if budget is None else budget))
     assert answer.choices[0].message.content
     assert visual_tokens(answer) == expected(schedule)
@@ -95,19 +95,19 @@ def test_two_images_and_no_image(server: Server, geometry: Geometry) -> None:
 
 
 def test_stream_tells_the_same(server: Server) -> None:
-    picture = draw(336, 672, 3)
+    image = draw(336, 672, 3)
     options = {"extra_body": {"visual_token_budget": "low"}, "max_tokens": 6}
-    whole = server.ask(picture, **options)
-    chunks = list(server.ask(picture, stream=True, stream_options={"include_usage": True}, **options))
+    whole = server.ask(image, **options)
+    chunks = list(server.ask(image, stream=True, stream_options={"include_usage": True}, **options))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage.model_dump()["visual_tokens"] == visual_tokens(whole)
-    assert not any(chunk.usage for chunk in server.ask(picture, stream=True, **options))
+    assert not any(chunk.usage for chunk in server.ask(image, stream=True, **options))
 
 
-def test_turns_with_pictures_in_the_history(server: Server) -> None:
-    def user(picture: Image.Image, text: str) -> dict[str, Any]:
-        url = {"type": "image_url", "image_url": {"url": data_url(picture)}}
+def test_turns_with_images_in_the_history(server: Server) -> None:
+    def user(image: Image.Image, text: str) -> dict[str, Any]:
+        url = {"type": "image_url", "image_url": {"url": data_url(image)}}
         return {"role": "user", "content": [url, {"type": "text", "text": text}]}
 
     messages: list[Any] = [user(draw(336, 336, 1), "One?"), {"role": "assistant", "content": "one"}]
@@ -195,8 +195,8 @@ def test_images_of_one_request_choose_for_themselves_as_announced(server: Server
     assert series(f"{server.url}/metrics", "visiondrop_schedule_mismatch_total") == 0
 
 
-def test_engine_takes_every_picture_that_the_gateway_lets_pass(server: Server) -> None:
-    """The corpus of bad pictures: what is refused never reaches the engine, what is accepted is answered."""
+def test_engine_takes_every_image_that_the_gateway_lets_pass(server: Server) -> None:
+    """The corpus of bad images: what is refused never reaches the engine, what is accepted is answered."""
     before = series(f"{server.url}/metrics/engine/0", "vllm:request_success_total")
     num_accepted = 0
     for case in image_cases():

@@ -53,12 +53,12 @@ def _still_serving(server: Server) -> Iterator[None]:
     assert server.ask(question="Hi?", max_tokens=1).choices
 
 
-PICTURE = draw(336, 336)
+IMAGE = draw(336, 336)
 
 
 def pruned(server: Server, **fields: Any) -> Any:
     extra = {"visual_token_budget": "low", **fields.pop("extra_body", {})}
-    return server.ask(PICTURE, extra_body=extra, **fields)
+    return server.ask(IMAGE, extra_body=extra, **fields)
 
 
 def visual_tokens(answer: Any) -> dict[str, Any]:
@@ -133,13 +133,13 @@ def test_tools_may_be_in_the_history(server: Server) -> None:
     assert answer.choices[0].message.content
 
 
-def test_beams_share_a_pruned_picture(server: Server, geometry: Geometry) -> None:
+def test_beams_share_a_pruned_image(server: Server, geometry: Geometry) -> None:
     answer = pruned(server, n=2, extra_body={"use_beam_search": True})
     assert len({choice.message.content for choice in answer.choices}) == 2
     assert visual_tokens(answer)["kept"] == resolve(geometry, 336, 336, 160).kept
 
 
-def test_a_prompt_is_not_cut_through_a_picture(server: Server) -> None:
+def test_a_prompt_is_not_cut_through_a_image(server: Server) -> None:
     for side in ("left", "right"):
         with pytest.raises(openai.BadRequestError, match="image item") as error:
             pruned(server, extra_body={"truncate_prompt_tokens": 20, "truncation_side": side})
@@ -148,7 +148,7 @@ def test_a_prompt_is_not_cut_through_a_picture(server: Server) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"echo": True}, {"prompt_logprobs": 0}], ids=str)
-def test_prompts_are_scored_with_whole_pictures_only(server: Server, fields: dict[str, Any]) -> None:
+def test_prompts_are_scored_with_whole_images_only(server: Server, fields: dict[str, Any]) -> None:
     """The engine has no logits of rows that it dropped; asked for them it fails."""
     with pytest.raises(openai.BadRequestError, match="pruned"):
         pruned(server, extra_body=fields)
@@ -163,7 +163,7 @@ def test_token_ids_are_of_the_pruned_prompt(server: Server, geometry: Geometry) 
     assert len(answer["choices"][0]["token_ids"]) == 2
 
 
-def test_a_marker_in_text_takes_no_pictures_place(server: Server) -> None:
+def test_a_marker_in_text_takes_no_images_place(server: Server) -> None:
     assert server.ask(question="What is <image> in SVG?").choices
     with pytest.raises(openai.BadRequestError, match="stands for an image"):
         pruned(server, question="What is <image> in SVG?")
@@ -215,15 +215,15 @@ def test_tokens_there_and_back(server: Server) -> None:
     assert post(server, "/detokenize", tokens=[2**31 - 1]).status_code == 200
 
 
-def picture_input() -> list[Any]:
-    parts = [{"type": "input_image", "image_url": data_url(PICTURE)}, {"type": "input_text", "text": "What is this?"}]
+def image_input() -> list[Any]:
+    parts = [{"type": "input_image", "image_url": data_url(IMAGE)}, {"type": "input_text", "text": "What is this?"}]
     return [{"role": "user", "content": parts}]
 
 
-def test_responses_with_a_pruned_picture(server: Server, geometry: Geometry) -> None:
+def test_responses_with_a_pruned_image(server: Server, geometry: Geometry) -> None:
     options: dict[str, Any] = {
         "model": server.model,
-        "input": picture_input(),
+        "input": image_input(),
         "max_output_tokens": 16,
         "temperature": 0,
         "extra_body": {"visual_token_budget": "low"},
@@ -242,11 +242,11 @@ def test_responses_with_a_pruned_picture(server: Server, geometry: Geometry) -> 
 
 
 def test_responses_in_several_turns(server: Server, geometry: Geometry) -> None:
-    first = server.client.responses.create(model=server.model, input=picture_input(), max_output_tokens=16)
+    first = server.client.responses.create(model=server.model, input=image_input(), max_output_tokens=16)
     said = [item.model_dump() for item in first.output]
     answer = server.client.responses.create(
         model=server.model,
-        input=[*picture_input(), *said, *picture_input()],
+        input=[*image_input(), *said, *image_input()],
         instructions="Be kind.",
         max_output_tokens=16,
     )

@@ -1,4 +1,4 @@
-"""The demo checkpoint: same bytes every time, published names and shapes, one <image> for each picture."""
+"""The demo checkpoint: same bytes every time, published names and shapes, one <image> for each image."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_tower_has_published_names(model: Path) -> None:
     }
 
 
-def test_picture_costs_as_much_as_in_the_real_model(model: Path) -> None:
+def test_image_costs_as_much_as_in_the_real_model(model: Path) -> None:
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -109,7 +109,7 @@ def test_tokenizer_loses_nothing(model: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "image_url"])
-def test_template_places_one_token_for_each_picture(model: Path, kind: str) -> None:
+def test_template_places_one_token_for_each_image(model: Path, kind: str) -> None:
     content = [{"type": "text", "text": "First: "}, {"type": kind}, {"type": "text", "text": "then: "}, {"type": kind}]
     assert _render(model, [{"role": "user", "content": content}]) == (
         "<s>USER: First: <image>\nthen: <image>\n ASSISTANT:"

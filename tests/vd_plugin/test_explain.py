@@ -1,4 +1,4 @@
-"""`visiondrop explain`: where kept tokens lie in the picture, and that the figures are the engine's own."""
+"""`visiondrop explain`: where kept tokens lie in the image, and that the figures are the engine's own."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_stage_marks_what_it_merges_into() -> None:
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["160", "full"])
-def test_the_command_writes_a_picture_and_the_data(demo: Path, tmp_path: Path, budget: str) -> None:
+def test_the_command_writes_a_image_and_the_data(demo: Path, tmp_path: Path, budget: str) -> None:
     source, out = tmp_path / "in.png", tmp_path / "out.png"
     draw(500, 400).save(source)
     arguments = ["explain", str(source), "--model", str(demo), "--budget", budget, "--out", str(out)]

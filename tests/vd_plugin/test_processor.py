@@ -50,9 +50,9 @@ class Processor:
         return MultiModalProcessorOnlyCache(self.config)
 
     def __call__(
-        self, prompt: str, pictures: list[Image.Image], asked: dict[str, Any] | None = None, cache: Any = None
+        self, prompt: str, images: list[Image.Image], asked: dict[str, Any] | None = None, cache: Any = None
     ) -> Any:
-        items = self.vllm.info.parse_mm_data({"image": pictures} if pictures else {})
+        items = self.vllm.info.parse_mm_data({"image": images} if images else {})
         return self.vllm(prompt, items, hf_processor_mm_kwargs=asked or {}, cache=cache)
 
     def counts(self, *arguments: Any, **keywords: Any) -> list[int]:
@@ -65,8 +65,8 @@ class Processor:
         assert inputs["prompt_token_ids"].count(self.image_token) == sum(span.length for span in ranges)
         return [span.length for span in ranges]
 
-    def resolve(self, picture: Image.Image, budget: Any) -> Schedule:
-        return resolve(self.geometry, picture.height, picture.width, budget)
+    def resolve(self, image: Image.Image, budget: Any) -> Schedule:
+        return resolve(self.geometry, image.height, image.width, budget)
 
 
 @cache
@@ -97,9 +97,9 @@ PLENTY = {"deadline": None, "suppress_health_check": [HealthCheck.function_scope
 def test_placeholders_are_the_rows_that_the_encoder_returns(
     processor: Processor, size: tuple[int, int], budget: int
 ) -> None:
-    picture = Image.new("RGB", size)
-    schedule = processor.resolve(picture, budget)
-    inputs = processor(PROMPT, [picture], {"visual_token_budget": budget})
+    image = Image.new("RGB", size)
+    schedule = processor.resolve(image, budget)
+    inputs = processor(PROMPT, [image], {"visual_token_budget": budget})
     (span,) = inputs["mm_placeholders"]["image"]
     assert span.length == schedule.num_placeholders
     data = inputs["mm_kwargs"]["image"][0].get_data()
@@ -113,15 +113,15 @@ def test_placeholders_are_the_rows_that_the_encoder_returns(
 def test_placeholders_of_explicit_rows_are_the_rows_that_the_encoder_returns(
     processor: Processor, size: tuple[int, int], dominant: int, contextual: int
 ) -> None:
-    picture = Image.new("RGB", size)
+    image = Image.new("RGB", size)
     splits = [[dominant, contextual]]
     try:
-        schedule = resolve_explicit(processor.geometry, picture.height, picture.width, splits)
+        schedule = resolve_explicit(processor.geometry, image.height, image.width, splits)
     except BudgetError:
         with pytest.raises(VLLMValidationError, match="does not prune"):
-            processor(PROMPT, [picture], {"visual_token_schedule": splits})
+            processor(PROMPT, [image], {"visual_token_schedule": splits})
         return
-    inputs = processor(PROMPT, [picture], {"visual_token_schedule": splits})
+    inputs = processor(PROMPT, [image], {"visual_token_schedule": splits})
     (span,) = inputs["mm_placeholders"]["image"]
     data = inputs["mm_kwargs"]["image"][0].get_data()
     assert span.length == schedule.num_placeholders == _count_rows(processor, data, schedule)
@@ -130,25 +130,25 @@ def test_placeholders_of_explicit_rows_are_the_rows_that_the_encoder_returns(
 @settings(max_examples=40, **PLENTY)
 @given(size=SIZES)
 def test_in_full_the_placeholders_are_the_stock_count(processor: Processor, size: tuple[int, int]) -> None:
-    picture = Image.new("RGB", size)
+    image = Image.new("RGB", size)
     stock = processor.vllm.info.get_num_image_tokens(image_width=size[0], image_height=size[1])
-    assert processor.resolve(picture, "full").full == stock
-    assert processor.counts(PROMPT, [picture]) == [stock]
+    assert processor.resolve(image, "full").full == stock
+    assert processor.counts(PROMPT, [image]) == [stock]
 
 
 def test_every_image_has_its_own_budget(processor: Processor) -> None:
-    pictures = [WIDE, SQUARE, TALL]
+    images = [WIDE, SQUARE, TALL]
     budgets = [160, "full", "high"]
     expected = [
-        processor.resolve(picture, budget).num_placeholders
-        for picture, budget in zip(pictures, (160, "full", 640), strict=True)
+        processor.resolve(image, budget).num_placeholders
+        for image, budget in zip(images, (160, "full", 640), strict=True)
     ]
-    assert processor.counts("<image>" * 3, pictures, {"visual_token_budget": budgets}) == expected
-    assert processor.counts("<image>" * 3, pictures, {"visual_token_budget": tuple(budgets)}) == expected
+    assert processor.counts("<image>" * 3, images, {"visual_token_budget": budgets}) == expected
+    assert processor.counts("<image>" * 3, images, {"visual_token_budget": tuple(budgets)}) == expected
 
 
 def test_every_image_has_its_own_rows(processor: Processor) -> None:
-    tiles = [processor.resolve(picture, 160).num_tiles for picture in (WIDE, SQUARE)]
+    tiles = [processor.resolve(image, 160).num_tiles for image in (WIDE, SQUARE)]
     asked = {"visual_token_schedule": [[[40, 6]], [[7, 0]]]}
     assert processor.counts(TWO, [WIDE, SQUARE], asked) == [46 * tiles[0], 7 * tiles[1]]
     asked = {"visual_token_schedule": [[40, 6]]}
@@ -348,11 +348,11 @@ def test_a_refusal_leaves_nothing_in_the_cache(processor: Processor) -> None:
     assert processor.counts(PROMPT, [WIDE], {"visual_token_budget": 320}, cache=kept) == right
 
 
-def _refuse(processor: Processor, pictures: list[Image.Image], asked: dict[str, Any]) -> VLLMValidationError:
+def _refuse(processor: Processor, images: list[Image.Image], asked: dict[str, Any]) -> VLLMValidationError:
     """With and without a cache."""
     for kept in (None, processor.new_cache()):
         with pytest.raises(VLLMValidationError) as caught:
-            processor("<image>" * len(pictures), pictures, asked, cache=kept)
+            processor("<image>" * len(images), images, asked, cache=kept)
     return caught.value
 
 
@@ -360,23 +360,23 @@ def _refuse(processor: Processor, pictures: list[Image.Image], asked: dict[str, 
 
 
 def test_padding_tiles_are_removed(next_: Processor) -> None:
-    """Hugging Face pads the pictures of one call to the most tiles among them."""
+    """Hugging Face pads the images of one call to the most tiles among them."""
     for asked in ({}, {"visual_token_budget": 160}):
         both = _items(next_(TWO, [WIDE, SQUARE], asked))
         assert [len(item["pixel_values"]) for item in both] == [3, 5]
-        for item, picture in zip(both, (WIDE, SQUARE), strict=True):
-            (alone,) = _items(next_(PROMPT, [picture], asked))
+        for item, image in zip(both, (WIDE, SQUARE), strict=True):
+            (alone,) = _items(next_(PROMPT, [image], asked))
             _assert_same_item(item, alone)
 
 
 @pytest.mark.parametrize("warm", [[0], [1], [0, 1]], ids=str)
 def test_cached_entries_do_not_depend_on_neighbours(processor: Processor, warm: list[int]) -> None:
-    pictures, budgets = [WIDE, SQUARE], [640, 320]
+    images, budgets = [WIDE, SQUARE], [640, 320]
     kept = processor.new_cache()
     for number in warm:
-        processor(PROMPT, [pictures[number]], {"visual_token_budget": [budgets[number]]}, cache=kept)
+        processor(PROMPT, [images[number]], {"visual_token_budget": [budgets[number]]}, cache=kept)
     asked = {"visual_token_budget": budgets}
-    cached, plain = processor(TWO, pictures, asked, cache=kept), processor(TWO, pictures, asked)
+    cached, plain = processor(TWO, images, asked, cache=kept), processor(TWO, images, asked)
     assert cached["mm_hashes"] == plain["mm_hashes"]
     assert cached["prompt_token_ids"] == plain["prompt_token_ids"]
     for item, same in zip(_items(cached), _items(plain), strict=True):
@@ -392,24 +392,24 @@ def test_hashes_differ_by_schedule_alone(processor: Processor) -> None:
         {"visual_token_schedule": [[6, 40]]},
         {"visual_token_schedule": [[46, 0]]},
     ]
-    hashes = [_hashes(processor, [picture], one)[0] for picture in (WIDE, TALL) for one in asked]
+    hashes = [_hashes(processor, [image], one)[0] for image in (WIDE, TALL) for one in asked]
     assert len(set(hashes)) == len(hashes)
     assert _hashes(processor, [WIDE], {"visual_token_budget": "low"}) == hashes[1:2]
     assert _hashes(processor, [WIDE], {"visual_token_budget": "full"}) == hashes[:1]
     assert _hashes(processor, [TALL, WIDE], {"visual_token_budget": [320, 160]}) == [hashes[8], hashes[1]]
-    one_picture = _hashes(processor, [WIDE, WIDE], {"visual_token_budget": [160, 320]})
-    assert one_picture == hashes[1:3]
+    one_image = _hashes(processor, [WIDE, WIDE], {"visual_token_budget": [160, 320]})
+    assert one_image == hashes[1:3]
 
 
 @pytest.mark.parametrize("name", ["demo", "llava15"])
-def test_without_our_key_a_picture_has_the_stock_hash(name: str, request: pytest.FixtureRequest) -> None:
+def test_without_our_key_a_image_has_the_stock_hash(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     stock = Processor(folder, ours=False)
     ours = _processor(folder)
     assert type(stock.vllm) is not type(ours.vllm)
-    for pictures in ([WIDE], [WIDE, SQUARE]):
-        assert _hashes(stock, pictures) == _hashes(ours, pictures)
-        assert _hashes(stock, pictures) == _hashes(ours, pictures, {"visual_token_budget": "full"})
+    for images in ([WIDE], [WIDE, SQUARE]):
+        assert _hashes(stock, images) == _hashes(ours, images)
+        assert _hashes(stock, images) == _hashes(ours, images, {"visual_token_budget": "full"})
     kept = {"do_convert_rgb": True}
     ours = Processor(folder, allowed=["do_convert_rgb"])
     assert _hashes(stock, [WIDE], kept) == _hashes(ours, [WIDE], kept)
@@ -450,7 +450,7 @@ def test_the_ceiling_for_one_image_is_the_stock_one(processor: Processor) -> Non
 
 
 def _count_rows(processor: Processor, data: dict[str, Any], schedule: Schedule) -> int:
-    """Rows of random features of this picture, pruned and ordered."""
+    """Rows of random features of this image, pruned and ordered."""
     geometry = processor.geometry
     pixels = data["pixel_values"]
     num_tiles = len(pixels) if pixels.ndim == 4 else 1
@@ -471,8 +471,8 @@ def _items(inputs: Any) -> list[dict[str, Any]]:
     return [item.get_data() for item in inputs["mm_kwargs"]["image"]]
 
 
-def _hashes(processor: Processor, pictures: list[Image.Image], asked: dict[str, Any] | None = None) -> list[str]:
-    hashes: list[str] = processor("<image>" * len(pictures), pictures, asked)["mm_hashes"]["image"]
+def _hashes(processor: Processor, images: list[Image.Image], asked: dict[str, Any] | None = None) -> list[str]:
+    hashes: list[str] = processor("<image>" * len(images), images, asked)["mm_hashes"]["image"]
     return hashes
 
 

@@ -142,7 +142,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _make_image(model: Reference, seed: int = 0, size: tuple[int, int] = (40, 90), **what: Any) -> Image:
-    """A picture of noise, with as many tiles as transformers cuts from one of that size (height, width)."""
+    """An image of noise, with as many tiles as transformers cuts from one of that size (height, width)."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     tiles = image_size_to_num_patches(size, PINPOINTS, 28) if model.is_next else 1
@@ -361,7 +361,7 @@ def test_decoder_stage_equals_the_release(case: Case, stage: int) -> None:
 
 @requires_golden
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_prompt_and_picture_give_the_recorded_input(case: Case) -> None:
+def test_prompt_and_image_give_the_recorded_input(case: Case) -> None:
     model = _model(case.model_dir)
     expected = case["input_ids"]
     assert model.tokenize(case.prompt) == expected.where(expected >= 0, model.config.image_token_id).tolist()

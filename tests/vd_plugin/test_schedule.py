@@ -104,7 +104,7 @@ def any_geometry(draw: st.DrawFn) -> Geometry:
 
 
 def _resolve_or_skip(geometry: Geometry, size: tuple[int, int], budget: Any) -> Schedule:
-    """Only a picture with more tiles than its budget has rows may be refused; that is tested for itself."""
+    """Only an image with more tiles than its budget has rows may be refused; that is tested for itself."""
     try:
         return resolve(geometry, *size, budget)
     except BudgetError:
@@ -514,7 +514,7 @@ def test_every_published_pinpoint_has_its_known_count() -> None:
     assert [NEXT.full_tokens(*size) for size in PUBLISHED] == [1752, 1776, 2928, 2376, 2328]
 
 
-def test_without_pinpoints_every_picture_is_one_tile() -> None:
+def test_without_pinpoints_every_image_is_one_tile() -> None:
     assert (LLAVA_15.tile_grid(672, 672), LLAVA_15.num_tiles(672, 672)) == ((0, 0), 1)
     assert LLAVA_15.full_tokens(5, 5000) == LLAVA_15.max_full_tokens() == 576
     assert LLAVA_15.max_num_tiles() == 1
@@ -522,14 +522,14 @@ def test_without_pinpoints_every_picture_is_one_tile() -> None:
 
 @LAWS
 @given(any_geometry(), sizes)
-def test_no_picture_has_more_than_the_maximum(geometry: Geometry, size: tuple[int, int]) -> None:
+def test_no_image_has_more_than_the_maximum(geometry: Geometry, size: tuple[int, int]) -> None:
     assert 1 <= geometry.full_tokens(*size) <= geometry.max_full_tokens()
     assert geometry.num_tiles(*size) <= geometry.max_num_tiles()
 
 
 @LAWS
 @given(any_geometry())
-def test_some_picture_reaches_the_maximum(geometry: Geometry) -> None:
+def test_some_image_reaches_the_maximum(geometry: Geometry) -> None:
     side = geometry.tile_size // geometry.patch_size
     areas = [(h // geometry.tile_size * side, w // geometry.tile_size * side) for h, w in geometry.grid_pinpoints]
     assert geometry.max_full_tokens() == side * side + max((h * (w + 1) for h, w in areas), default=0)

@@ -64,7 +64,7 @@ def _run_on_two_ranks(folder: Path) -> dict[str, Any]:
 
 
 def _observe(llm: Any) -> dict[str, Any]:
-    """Answers, and on every rank the patches that the tower keeps of a picture of noise."""
+    """Answers, and on every rank the patches that the tower keeps of an image of noise."""
     from engines import VOCABULARY, draw, request
     from vllm import SamplingParams
 

@@ -94,7 +94,7 @@ def engine(demo: Any) -> Engine:
 @pytest.mark.engine
 @pytest.mark.slow
 def test_the_tower_never_sees_more_tiles_than_its_bound(engine: Engine) -> None:
-    """Eight pictures of three tiles fit one step by their placeholders, not by what the tower runs over."""
+    """Eight images of three tiles fit one step by their placeholders, not by what the tower runs over."""
     seen: list[int] = []
     asked_for: list[int] = []
 

@@ -64,7 +64,7 @@ def test_detail_low(here: SimpleNamespace) -> None:
     assert visual_tokens(model(here).invoke(question(here, detail="low")))["kept"] == here.plans.low.kept
 
 
-def test_budget_of_one_picture(here: SimpleNamespace) -> None:
+def test_budget_of_one_image(here: SimpleNamespace) -> None:
     answer = model(here).invoke(question(here, visual_token_budget=320))
     assert visual_tokens(answer)["kept"] == here.plans.medium.kept
 
@@ -107,7 +107,7 @@ def test_budget_that_is_too_small_is_a_bad_request(here: SimpleNamespace) -> Non
     assert error.value.param == "visual_token_budget"
 
 
-def test_budget_without_a_picture_is_a_bad_request(here: SimpleNamespace) -> None:
+def test_budget_without_a_image_is_a_bad_request(here: SimpleNamespace) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         model(here, extra_body={"visual_token_budget": 320}).invoke("Hello")
     assert error.value.param == "visual_token_budget"

@@ -79,7 +79,7 @@ def test_detail_low(here: SimpleNamespace) -> None:
     assert complete(here, question(here, detail="low")).usage.visual_tokens["kept"] == here.plans.low.kept
 
 
-def test_budget_of_one_picture(here: SimpleNamespace) -> None:
+def test_budget_of_one_image(here: SimpleNamespace) -> None:
     answer = complete(here, question(here, visual_token_budget=320))
     assert answer.usage.visual_tokens["kept"] == here.plans.medium.kept
 
@@ -116,7 +116,7 @@ def test_budget_that_is_too_small_is_a_bad_request(here: SimpleNamespace) -> Non
     assert error.value.status_code == 400
 
 
-def test_budget_without_a_picture_is_a_bad_request(here: SimpleNamespace) -> None:
+def test_budget_without_a_image_is_a_bad_request(here: SimpleNamespace) -> None:
     with pytest.raises(litellm.BadRequestError):
         complete(here, say("Hello"), extra_body={"visual_token_budget": 320})
 

@@ -40,7 +40,7 @@ sys.addaudithook(_stay_at_home)
 
 @pytest.fixture(scope="session")
 def here() -> SimpleNamespace:
-    """Written by test_clients.py: addresses, a picture and its schedules."""
+    """Written by test_clients.py: addresses, an image and its schedules."""
     path = Path(os.environ["CLIENT_LAWS"])
     return json.loads(path.read_text(), object_hook=lambda fields: SimpleNamespace(**fields))
 

@@ -12,7 +12,7 @@ from fake_engine import MODEL, FakeEngine, sse_data
 pytestmark = pytest.mark.anyio
 
 ROUTE = "/v1/completions"
-NO_PICTURES = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
+NO_IMAGES = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClie
     assert engine.calls == [(ROUTE, body)]
     assert json.dumps(engine.calls[0][1]["temperature"]) == "1"
     usage = response.json()["usage"]
-    assert usage["visual_tokens"] == NO_PICTURES
+    assert usage["visual_tokens"] == NO_IMAGES
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": 0, "text_tokens": 4}
     assert response.headers["x-visual-tokens-full"] == "0"
 
@@ -46,7 +46,7 @@ async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClie
 @pytest.mark.parametrize(
     ("route", "body"), [(ROUTE, {"prompt": "a"}), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})]
 )
-async def test_a_budget_in_a_header_is_refused_where_there_are_no_pictures(
+async def test_a_budget_in_a_header_is_refused_where_there_are_no_images(
     client: httpx.AsyncClient, engine: FakeEngine, route: str, body: dict[str, Any], value: str
 ) -> None:
     response = await client.post(route, json=body, headers={"X-Visual-Token-Budget": value})
@@ -62,7 +62,7 @@ async def test_a_stream_ends_with_usage_if_asked(client: httpx.AsyncClient, engi
     assert done == "[DONE]"
     chunks = [json.loads(event) for event in events]
     assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == "a b"
-    assert [chunk["usage"]["visual_tokens"] for chunk in chunks if "usage" in chunk] == [NO_PICTURES] * asked
+    assert [chunk["usage"]["visual_tokens"] for chunk in chunks if "usage" in chunk] == [NO_IMAGES] * asked
     assert engine.calls[0][1]["stream_options"]["include_usage"] is True
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 from gateway import assert_error, gateway
-from images import ask, picture
+from images import ask, image
 from metric_text import metric, metrics_of
 
 from server import paths
@@ -19,10 +19,10 @@ from server.api.generate import ROUTES
 pytestmark = pytest.mark.anyio
 
 BODIES: dict[str, dict[str, Any]] = {
-    paths.CHAT: ask(picture()),
+    paths.CHAT: ask(image()),
     paths.COMPLETIONS: {"prompt": "a"},
     paths.RESPONSES: {
-        "input": [{"role": "user", "content": [{"type": "input_image", "image_url": picture()}]}],
+        "input": [{"role": "user", "content": [{"type": "input_image", "image_url": image()}]}],
     },
 }
 

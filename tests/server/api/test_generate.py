@@ -10,7 +10,7 @@ import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, MODEL, TEXT_TOKENS, WORDS, FakeEngine, images_of, sse_data
 from gateway import assert_error, make_app
-from images import ask, data_url, encode, picture
+from images import ask, data_url, encode, image
 from metric_text import metric, metrics_of
 from PIL import Image
 
@@ -46,7 +46,7 @@ URL = "messages[0].content[0].image_url.url"
 async def test_budget_reaches_the_engine_and_its_savings_the_client(
     client: httpx.AsyncClient, engine: FakeEngine, asked: Any, budget: Budget
 ) -> None:
-    response = await client.post(CHAT, json=ask(picture(800, 600), visual_token_budget=asked))
+    response = await client.post(CHAT, json=ask(image(800, 600), visual_token_budget=asked))
 
     assert response.status_code == 200, response.text
     assert engine.bodies[0]["mm_processor_kwargs"] == {"visual_token_budget": [budget]}
@@ -75,8 +75,8 @@ async def test_images_of_all_turns_are_planned_in_order_of_appearance(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     sizes = [(336, 336), (1008, 336), (40, 30)]
-    body = ask(picture(*sizes[0]), picture(*sizes[1]))
-    body["messages"] += [{"role": "assistant", "content": "Two."}, *ask(picture(*sizes[2]))["messages"]]
+    body = ask(image(*sizes[0]), image(*sizes[1]))
+    body["messages"] += [{"role": "assistant", "content": "Two."}, *ask(image(*sizes[2]))["messages"]]
 
     usage = (await client.post(CHAT, json={**body, "visual_token_budget": 1500})).json()["usage"]
 
@@ -91,7 +91,7 @@ async def test_images_of_all_turns_are_planned_in_order_of_appearance(
 
 async def test_two_budgets_in_headers_are_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     headers = [("X-Visual-Token-Budget", "64"), ("X-Visual-Token-Budget", "0")]
-    response = await client.post(CHAT, json=ask(picture()), headers=headers)
+    response = await client.post(CHAT, json=ask(image()), headers=headers)
     assert_error(response, 400, "X-Visual-Token-Budget", "64, 0")
     assert not engine.bodies
 
@@ -116,7 +116,7 @@ async def test_other_fields_pass_through(client: httpx.AsyncClient, engine: Fake
 
 @pytest.mark.parametrize("value", [0, 31, -1, 1.5, 640.0, True, False, "lots", "640", [], {}])
 async def test_unusable_budgets_are_refused(client: httpx.AsyncClient, engine: FakeEngine, value: Any) -> None:
-    response = await client.post(CHAT, json=ask(picture(), visual_token_budget=value))
+    response = await client.post(CHAT, json=ask(image(), visual_token_budget=value))
     assert_error(response, 400, "visual_token_budget", "at least 32", "'low'", "'full'")
     assert not engine.bodies
 
@@ -125,7 +125,7 @@ async def test_unusable_budgets_are_refused(client: httpx.AsyncClient, engine: F
 async def test_fields_that_reach_into_the_engine_are_refused(
     client: httpx.AsyncClient, engine: FakeEngine, name: str
 ) -> None:
-    response = await client.post(CHAT, json=ask(picture(), **{name: ENGINE_FIELDS[name]}))
+    response = await client.post(CHAT, json=ask(image(), **{name: ENGINE_FIELDS[name]}))
     assert_error(response, 400, name)
     assert not engine.bodies
 
@@ -133,10 +133,10 @@ async def test_fields_that_reach_into_the_engine_are_refused(
 async def test_prompt_logprobs_are_refused_for_pruned_images_only(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
-    response = await client.post(CHAT, json=ask(picture(), prompt_logprobs=1, visual_token_budget=64))
+    response = await client.post(CHAT, json=ask(image(), prompt_logprobs=1, visual_token_budget=64))
     assert_error(response, 400, "prompt_logprobs", "full")
     assert not engine.bodies
-    response = await client.post(CHAT, json=ask(picture(), prompt_logprobs=1, visual_token_budget="full"))
+    response = await client.post(CHAT, json=ask(image(), prompt_logprobs=1, visual_token_budget="full"))
     assert response.status_code == 200
 
 
@@ -181,25 +181,25 @@ async def test_bad_requests_get_a_sentence(
 ) -> None:
     assert_error(await client.post(CHAT, content=body, headers=JSON), 400, param, words)
     assert not engine.bodies
-    assert (await client.post(CHAT, json=ask(picture()))).status_code == 200, "the server should go on serving"
+    assert (await client.post(CHAT, json=ask(image()))).status_code == 200, "the server should go on serving"
 
 
 async def test_limits_are_settings(engine: FakeEngine) -> None:
     settings = Settings(max_images_per_request=2, max_image_pixels=10_000, max_image_bytes=2000, max_body_bytes=20_000)
     app = make_app(settings, engine)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
-        assert_error(await client.post(CHAT, json=ask(*[picture()] * 3)), 400, "messages", "at most 2")
-        assert_error(await client.post(CHAT, json=ask(picture(101, 100))), 400, URL, "at most 10000")
+        assert_error(await client.post(CHAT, json=ask(*[image()] * 3)), 400, "messages", "at most 2")
+        assert_error(await client.post(CHAT, json=ask(image(101, 100))), 400, URL, "at most 10000")
         noise = encode(Image.effect_noise((90, 90), 50))
         assert_error(await client.post(CHAT, json=ask(data_url(noise))), 413, URL, "at most 2000")
         assert_error(await client.post(CHAT, content=b" " * 20_001, headers=JSON), 413, None, "20000")
-        assert (await client.post(CHAT, json=ask(picture(100, 100), picture()))).status_code == 200
+        assert (await client.post(CHAT, json=ask(image(100, 100), image()))).status_code == 200
 
 
 async def test_unreachable_engine_is_503() -> None:
     app = make_app(Settings(), HttpEngineClient.at("unix:/nowhere/engine.sock"))
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
-        assert_error(await client.post(CHAT, json=ask(picture())), 503, None, "no engine is ready")
+        assert_error(await client.post(CHAT, json=ask(image())), 503, None, "no engine is ready")
         assert_error(await client.get("/ready"), 503, None)
         assert_error(await client.get("/v1/models"), 503, None)
         assert (await client.get("/health")).status_code == 200
@@ -209,7 +209,7 @@ async def test_unreachable_engine_is_503() -> None:
 
 
 async def test_stream_relays_words_and_ends_with_usage_if_asked(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    body = ask(picture(800, 600), stream=True, stream_options={"include_usage": True}, visual_token_budget="low")
+    body = ask(image(800, 600), stream=True, stream_options={"include_usage": True}, visual_token_budget="low")
     async with client.stream("POST", CHAT, json=body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["x-visual-tokens-kept"] == str(resolve(GEOMETRY, 600, 800, 160).kept)
@@ -219,7 +219,7 @@ async def test_stream_relays_words_and_ends_with_usage_if_asked(client: httpx.As
     *chunks, last = [json.loads(event) for event in events]
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == "".join(WORDS)
     assert last["choices"] == []
-    plain = (await client.post(CHAT, json=ask(picture(800, 600), visual_token_budget="low"))).json()
+    plain = (await client.post(CHAT, json=ask(image(800, 600), visual_token_budget="low"))).json()
     assert last["usage"] == plain["usage"]
     assert last["usage"]["visual_tokens"]["per_image"][0]["budget"] == 160
 
@@ -228,7 +228,7 @@ async def test_stream_relays_words_and_ends_with_usage_if_asked(client: httpx.As
 async def test_stream_without_include_usage_has_none(
     client: httpx.AsyncClient, engine: FakeEngine, options: dict[str, Any]
 ) -> None:
-    async with client.stream("POST", CHAT, json=ask(picture(), stream=True, **options)) as response:
+    async with client.stream("POST", CHAT, json=ask(image(), stream=True, **options)) as response:
         *events, _ = await sse_data(response.aiter_bytes())
     assert engine.bodies[0]["stream_options"]["include_usage"] is True
     assert len(events) == len(WORDS)
@@ -237,7 +237,7 @@ async def test_stream_without_include_usage_has_none(
 
 async def test_continuous_usage_is_in_our_shape_in_every_chunk(client: httpx.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    async with client.stream("POST", CHAT, json=ask(picture(), stream=True, stream_options=options)) as response:
+    async with client.stream("POST", CHAT, json=ask(image(), stream=True, stream_options=options)) as response:
         *events, _ = await sse_data(response.aiter_bytes())
     assert len(events) == len(WORDS) + 1
     assert all(json.loads(event)["usage"]["visual_tokens"]["images"] == 1 for event in events)
@@ -249,7 +249,7 @@ async def test_engine_that_does_not_fit_is_refused(
 ) -> None:
     engine.geometry = geometry
     assert_error(await client.get("/ready"), 503, None, "the engine")
-    response = await client.post(CHAT, json=ask(picture()))
+    response = await client.post(CHAT, json=ask(image()))
     assert_error(response, 503, None, "the engine")
     assert response.json()["error"]["code"] == "engine_mismatch"
     assert 1 <= int(response.headers["retry-after"]) <= 120
@@ -260,5 +260,5 @@ async def test_engine_that_does_not_fit_is_refused(
 async def test_default_budget_is_a_setting(engine: FakeEngine) -> None:
     app = make_app(Settings(default_budget="medium"), engine)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
-        await client.post(CHAT, json=ask(picture(800, 600)))
+        await client.post(CHAT, json=ask(image(800, 600)))
     assert engine.bodies[0]["mm_processor_kwargs"] == {"visual_token_budget": [320]}

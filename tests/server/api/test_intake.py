@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 from gateway import gateway
-from images import ask, picture
+from images import ask, image
 from metric_text import metric
 
 from server.admission.drain import Drain
@@ -60,11 +60,11 @@ async def test_rates_are_per_key_and_tell_when_to_come_back(engine: FakeEngine, 
 
         shop = bearer("shop-secret")
         assert (await client.post(CHAT, json=TEXT, headers=shop)).status_code == 200, "the other key has its own rate"
-        assert (await client.post(CHAT, json=ask(*[picture()] * 2), headers=shop)).status_code == 200
-        response = await client.post(CHAT, json=ask(*[picture()] * 2), headers=shop)
+        assert (await client.post(CHAT, json=ask(*[image()] * 2), headers=shop)).status_code == 200
+        response = await client.post(CHAT, json=ask(*[image()] * 2), headers=shop)
         assert response.status_code == 429
-        assert (await client.post(CHAT, json=ask(picture()), headers=shop)).status_code == 200, "one was left"
-        response = await client.post(CHAT, json=ask(*[picture()] * 4), headers=shop)
+        assert (await client.post(CHAT, json=ask(image()), headers=shop)).status_code == 200, "one was left"
+        response = await client.post(CHAT, json=ask(*[image()] * 4), headers=shop)
         assert response.status_code == 400, "four can never pass"
         text = (await client.get("/metrics", headers=shop)).text
         assert metric(text, 'visiondrop_rejections_total{reason="requests_per_minute"}') == 1
@@ -73,7 +73,7 @@ async def test_rates_are_per_key_and_tell_when_to_come_back(engine: FakeEngine, 
 
 async def test_bodies_in_memory_are_bounded(engine: FakeEngine) -> None:
     engine.hold_before_answer = True
-    body = ask(picture())
+    body = ask(image())
     size = len(httpx.Request("POST", "http://x", json=body).content)
     async with gateway(
         engine, max_buffered_bytes=int(size * 1.5), max_body_bytes=size, max_image_bytes=size // 2
@@ -91,7 +91,7 @@ async def test_bodies_in_memory_are_bounded(engine: FakeEngine) -> None:
 
 async def test_stream_gives_its_bodys_memory_back_when_the_engine_has_it(engine: FakeEngine) -> None:
     engine.hold = True
-    body = {**ask(picture()), "stream": True}
+    body = {**ask(image()), "stream": True}
     size = len(httpx.Request("POST", "http://x", json=body).content)
     limits = {"max_body_bytes": size, "max_image_bytes": size // 2, "max_buffered_bytes": int(size * 1.5)}
     async with gateway(engine, **limits) as client, AsyncExitStack() as streams:
@@ -105,7 +105,7 @@ async def test_stopping_gateway_turns_newcomers_away_and_finishes_the_rest(engin
     drain = Drain()
     engine.hold = True
     async with gateway(engine, drain=drain) as client:
-        async with client.stream("POST", CHAT, json=ask(picture(), stream=True)) as response:
+        async with client.stream("POST", CHAT, json=ask(image(), stream=True)) as response:
             chunks = response.aiter_bytes()
             await anext(chunks)
             drain.begin()

@@ -17,7 +17,7 @@ from fake_engine import FakeEngine
 from fastapi.routing import APIRoute
 from gateway import make_app
 from hypothesis import HealthCheck, Phase, given, settings
-from images import ask, picture
+from images import ask, image
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import Failure
@@ -158,9 +158,9 @@ def test_the_document_and_the_server_agree_on_budgets(
     url: str, document: dict[str, Any], budget: Any, accepted: bool
 ) -> None:
     check = validator(document, {"$ref": "#/components/schemas/ChatRequest"})
-    in_picture = ask(picture())
-    in_picture["messages"][0]["content"][0]["image_url"]["visual_token_budget"] = budget
-    for body in (ask(picture(), visual_token_budget=budget), in_picture):
+    in_image = ask(image())
+    in_image["messages"][0]["content"][0]["image_url"]["visual_token_budget"] = budget
+    for body in (ask(image(), visual_token_budget=budget), in_image):
         assert check.is_valid(body) == accepted
         assert (httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200) == accepted
 
@@ -172,7 +172,7 @@ def test_the_document_and_the_server_agree_on_budgets(
 def test_the_document_and_the_server_agree_on_budgets_in_the_header(
     url: str, document: dict[str, Any], budget: str, accepted: bool
 ) -> None:
-    for path, body in (("/v1/chat/completions", ask(picture())), ("/v1/visual_tokens/count", ask(picture()))):
+    for path, body in (("/v1/chat/completions", ask(image())), ("/v1/visual_tokens/count", ask(image()))):
         parameters = [resolve(document, node) for node in document["paths"][path]["post"]["parameters"]]
         (schema,) = [item["schema"] for item in parameters if item["name"] == "X-Visual-Token-Budget"]
         assert validator(document, schema).is_valid(budget) == accepted
@@ -182,7 +182,7 @@ def test_the_document_and_the_server_agree_on_budgets_in_the_header(
 
 def test_every_header_of_an_answer_is_in_the_document(document: dict[str, Any]) -> None:
     with TestClient(make_app(Settings(requests_per_minute=1), FakeEngine())) as client:
-        answers = [client.post("/v1/chat/completions", json=ask(picture())) for _ in range(2)]
+        answers = [client.post("/v1/chat/completions", json=ask(image())) for _ in range(2)]
     for answer, status in zip(answers, (200, 429), strict=True):
         assert answer.status_code == status
         described = document["paths"]["/v1/chat/completions"]["post"]["responses"][str(status)]["headers"]

@@ -10,7 +10,7 @@ import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, FakeEngine
 from gateway import gateway, make_app
-from images import ask, picture
+from images import ask, image
 
 from server.settings import Settings
 from vd_plugin.schedule import FULL, Budget, resolve
@@ -26,7 +26,7 @@ def budgets_sent(engine: FakeEngine) -> list[Budget]:
 
 
 def ask_each(*wishes: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    body = ask(*[picture(800, 600)] * len(wishes), **fields)
+    body = ask(*[image(800, 600)] * len(wishes), **fields)
     for part, wish in zip(body["messages"][0]["content"], wishes, strict=False):
         part["image_url"].update(wish)
     return body
@@ -78,7 +78,7 @@ async def test_wishes_that_cannot_be_honoured_are_refused(
 
 
 @pytest.mark.parametrize("place", ["body", "header"])
-async def test_budget_without_pictures_is_refused(client: httpx.AsyncClient, engine: FakeEngine, place: str) -> None:
+async def test_budget_without_images_is_refused(client: httpx.AsyncClient, engine: FakeEngine, place: str) -> None:
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
     headers = {}
     if place == "body":
@@ -93,7 +93,7 @@ async def test_budget_without_pictures_is_refused(client: httpx.AsyncClient, eng
 
 
 async def test_bad_header_is_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    response = await client.post(CHAT, json=ask(picture()), headers={"X-Visual-Token-Budget": "lots"})
+    response = await client.post(CHAT, json=ask(image()), headers={"X-Visual-Token-Budget": "lots"})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "X-Visual-Token-Budget"
     assert "at least 32" in response.json()["error"]["message"]
@@ -129,7 +129,7 @@ async def test_count_tells_every_preset_and_asks_no_model(client: httpx.AsyncCli
     assert served["usage"]["visual_tokens"] == counted["requested"], "what was announced should be what is charged"
 
 
-async def test_count_without_pictures_is_zero(client: httpx.AsyncClient) -> None:
+async def test_count_without_images_is_zero(client: httpx.AsyncClient) -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     counted = (await client.post("/v1/visual_tokens/count", json=body)).json()
     nothing = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
@@ -169,7 +169,7 @@ def bearer(secret: str) -> dict[str, str]:
 
 async def test_keys_ceiling_lowers_budgets(engine: FakeEngine, keys: Path) -> None:
     async with gateway(engine, api_keys_file=keys) as client:
-        body = ask(picture(800, 600), visual_token_budget="full")
+        body = ask(image(800, 600), visual_token_budget="full")
         response = await client.post(CHAT, json=body, headers=bearer("shop-secret"))
         assert response.headers["x-visual-token-budget"] == "160"
         response = await client.post(CHAT, json=body, headers=bearer("lab-secret"))

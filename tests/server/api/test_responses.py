@@ -1,4 +1,4 @@
-"""POST /v1/responses: stateless, pictures with budgets, usage in the body and in the last event."""
+"""POST /v1/responses: stateless, images with budgets, usage in the body and in the last event."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fake_engine import GEOMETRY, MODEL, WORDS, FakeEngine
 from gateway import assert_error, gateway
-from images import picture
+from images import image
 
 from vd_plugin.schedule import resolve
 
@@ -61,9 +61,9 @@ async def test_nothing_is_stored_and_values_are_left_as_they_came(
 async def test_budgets_reach_the_engine_and_their_savings_the_client(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
-    body = ask(picture(800, 600), visual_token_budget="low")
+    body = ask(image(800, 600), visual_token_budget="low")
     body["input"] += [{"role": "assistant", "content": [{"type": "output_text", "text": "A."}]}]
-    body["input"] += ask(picture(1008, 336))["input"]
+    body["input"] += ask(image(1008, 336))["input"]
     response = await client.post(ROUTE, json=body)
 
     sent = engine.calls[0][1]
@@ -81,7 +81,7 @@ async def test_budgets_reach_the_engine_and_their_savings_the_client(
 
 
 async def test_a_stream_has_named_events_and_ends_with_usage(client: httpx.AsyncClient) -> None:
-    body = ask(picture(800, 600), visual_token_budget="low")
+    body = ask(image(800, 600), visual_token_budget="low")
     events = await events_of(client, body)
     assert all(name == event["type"] for name, event in events)
     assert "".join(event.get("delta", "") for _, event in events) == "".join(WORDS)
@@ -92,7 +92,7 @@ async def test_a_stream_has_named_events_and_ends_with_usage(client: httpx.Async
 
 async def test_an_error_event_goes_on_with_the_numbers(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.break_after = 2
-    name, last = (await events_of(client, ask(picture())))[-1]
+    name, last = (await events_of(client, ask(image())))[-1]
     assert name == last["type"] == "error"
     assert last["sequence_number"] == 2
     assert last["message"] == last["error"]["message"]
@@ -131,8 +131,8 @@ async def test_an_error_event_goes_on_with_the_numbers(client: httpx.AsyncClient
             "caches",
         ),
         (ask("data:image/png;base64,aGVsbG8="), "input[0].content[0].image_url", "not a JPEG"),
-        (ask(picture(), visual_token_budget=31), "visual_token_budget", "at least 32"),
-        (ask(picture(), instructions="an <image>"), "instructions", "<image>"),
+        (ask(image(), visual_token_budget=31), "visual_token_budget", "at least 32"),
+        (ask(image(), instructions="an <image>"), "instructions", "<image>"),
     ],
 )
 async def test_bad_requests_get_a_sentence(
@@ -148,6 +148,6 @@ async def test_bad_requests_get_a_sentence(
 
 async def test_too_many_images_for_any_minute_name_the_input(engine: FakeEngine) -> None:
     async with gateway(engine, images_per_minute=1) as client:
-        response = await client.post(ROUTE, json=ask(picture(), picture()))
+        response = await client.post(ROUTE, json=ask(image(), image()))
     assert_error(response, 400, "input", "never pass")
     assert not engine.calls

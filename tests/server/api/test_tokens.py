@@ -7,12 +7,12 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from images import picture
+from images import image
 
 pytestmark = pytest.mark.anyio
 
 ROUTE = "/v1/completions"
-NO_PICTURES = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
+NO_IMAGES = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
 
 
 def assert_refused(response: httpx.Response, param: str | None, *words: str) -> None:
@@ -43,7 +43,7 @@ async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engi
         ("/tokenize", {"prompt": "a", "mm_processor_kwargs": {}}, "mm_processor_kwargs", "cannot be set"),
         (
             "/tokenize",
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture()}}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image()}}]}]},
             "messages[0].content[0]",
             "/v1/visual_tokens/count",
         ),

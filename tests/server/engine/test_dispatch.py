@@ -11,7 +11,7 @@ import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, FakeEngine
 from gateway import gateway, make_app
-from images import ask, picture
+from images import ask, image
 from metric_text import metric, metrics_of, until_metric
 from wire import Wire
 
@@ -28,7 +28,7 @@ LONG = "a lot " * 100
 async def test_requests_above_capacity_wait_and_then_run_in_order(engine: FakeEngine) -> None:
     engine.hold_before_answer = True
     async with gateway(engine, max_inflight_tokens=100, max_queued_requests=2) as client:
-        body = {**ask(picture(800, 600), visual_token_budget=90), "stream": False}
+        body = {**ask(image(800, 600), visual_token_budget=90), "stream": False}
         first = asyncio.ensure_future(client.post(CHAT, json=body))
         await asyncio.wait_for(engine.asked.wait(), 5)
         waiting = [asyncio.ensure_future(client.post(CHAT, json=body)) for _ in range(2)]
@@ -75,7 +75,7 @@ async def test_all_text_of_a_prompt_has_its_cost(engine: FakeEngine, fields: dic
 async def test_stream_keeps_its_place_until_its_last_byte(engine: FakeEngine) -> None:
     engine.hold = True
     async with gateway(engine, max_inflight_tokens=100, queue_seconds=0.1) as client:
-        body = ask(picture(800, 600), visual_token_budget=90, stream=True)
+        body = ask(image(800, 600), visual_token_budget=90, stream=True)
         async with client.stream("POST", CHAT, json=body) as response:
             await anext(response.aiter_bytes())
             late = await client.post(CHAT, json=body)
@@ -92,7 +92,7 @@ async def test_request_planned_for_an_engine_that_was_replaced_meanwhile_is_told
     engine.hold = True
     wire = Wire(engine)
     app = make_app(Settings(max_inflight_tokens=100), HttpEngineClient(wire))
-    body = ask(picture(800, 600), visual_token_budget=90)
+    body = ask(image(800, 600), visual_token_budget=90)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
         async with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
             await anext(response.aiter_bytes())

@@ -81,20 +81,20 @@ async def test_equal_engines_take_turns() -> None:
     assert [len(engine.bodies) for engine in engines] == [2, 2, 2]
 
 
-async def test_same_picture_prefers_the_engine_that_has_seen_it_up_to_the_slack() -> None:
+async def test_same_image_prefers_the_engine_that_has_seen_it_up_to_the_slack() -> None:
     pool = make_pool(Settings(), *map(Wire, holding(3)))
     async with running(pool):
         call = chat(stream=True, cost=SLACK // 2, images=("cat",))
         sources = [await pool.open_stream(call) for _ in range(3)]
         assert sorted(costs(pool)) == [0, 0, 3 * (SLACK // 2)]
-        # Half a slack too far ahead: the fourth goes elsewhere, and that engine knows the picture, too.
+        # Half a slack too far ahead: the fourth goes elsewhere, and that engine knows the image, too.
         sources += [await pool.open_stream(call) for _ in range(3)]
         assert sorted(costs(pool)) == [0, 3 * (SLACK // 2), 3 * (SLACK // 2)]
         for source in sources:
             await source.aclose()
 
 
-async def test_picture_that_everybody_sends_makes_no_hot_spot() -> None:
+async def test_image_that_everybody_sends_makes_no_hot_spot() -> None:
     pool = make_pool(Settings(), *map(Wire, holding(4)))
     async with running(pool):
         cost = SLACK // 4
@@ -104,7 +104,7 @@ async def test_picture_that_everybody_sends_makes_no_hot_spot() -> None:
             await source.aclose()
 
 
-async def test_engine_that_has_seen_more_of_the_pictures_is_preferred() -> None:
+async def test_engine_that_has_seen_more_of_the_images_is_preferred() -> None:
     engines = [FakeEngine() for _ in range(2)]
     pool = make_pool(Settings(), *map(Wire, engines))
     async with running(pool):
@@ -114,7 +114,7 @@ async def test_engine_that_has_seen_more_of_the_pictures_is_preferred() -> None:
     assert [len(engine.bodies) for engine in engines] == [1, 2]
 
 
-async def test_only_so_many_pictures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_so_many_images_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.pool._NUM_REMEMBERED_IMAGES", 2)
     engines = [FakeEngine() for _ in range(2)]
     pool = make_pool(Settings(), *map(Wire, engines))
@@ -125,7 +125,7 @@ async def test_only_so_many_pictures_are_remembered(monkeypatch: pytest.MonkeyPa
     assert [len(engine.bodies) for engine in engines] == [3, 2]
 
 
-async def test_engine_that_was_down_has_forgotten_its_pictures() -> None:
+async def test_engine_that_was_down_has_forgotten_its_images() -> None:
     engines = [FakeEngine() for _ in range(2)]
     wires = [Wire(engine) for engine in engines]
     pool = make_pool(FAST, *wires)

@@ -12,7 +12,7 @@ import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine, sse_data
 from gateway import assert_error, gateway, make_app
-from images import ask, picture
+from images import ask, image
 from metric_text import metric, metrics_of
 
 from server.engine.client import HttpEngineClient
@@ -81,8 +81,8 @@ async def test_log_names_the_key_and_never_shows_it(
 ) -> None:
     caplog.set_level(logging.INFO, "visiondrop.requests")
     async with gateway(engine, api_keys_file=keys) as client:
-        await client.post(CHAT, json=ask(picture()), headers=bearer("shop-secret"))
-        await client.post(CHAT, json=ask(picture()), headers=bearer("wrong-secret"))
+        await client.post(CHAT, json=ask(image()), headers=bearer("shop-secret"))
+        await client.post(CHAT, json=ask(image()), headers=bearer("wrong-secret"))
     lines = [json.loads(item.message) for item in caplog.records if item.name == "visiondrop.requests"]
     assert [line["key"] for line in lines] == ["shop", None]
     assert [line["status"] for line in lines] == [200, 401]

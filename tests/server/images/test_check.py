@@ -1,4 +1,4 @@
-"""What happens to a picture between the client and the engine."""
+"""What happens to an image between the client and the engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def exif(orientation: int) -> Image.Exif:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_plain_pictures_go_on_byte_for_byte(kind: str, mode: str) -> None:
+def test_plain_images_go_on_byte_for_byte(kind: str, mode: str) -> None:
     data = encode(Image.new(mode, (30, 20), 200 if mode == "L" else (200, 10, 10)), kind)
     checked = check_image(data_url(data, "image/x-wrong"), Settings(), "here")
     assert base64.b64decode(checked.url.partition(",")[2]) == data
@@ -93,7 +93,7 @@ def _palette_with_hole() -> bytes:
         (lambda: encode(Image.new("CMYK", (40, 20), (0, 0, 0, 0)), "JPEG"), "RGB", (255,) * 3, (255,) * 3),
     ],
 )
-def test_other_pictures_become_plain(make: Callable[[], bytes], mode: str, left: object, right: object) -> None:
+def test_other_images_become_plain(make: Callable[[], bytes], mode: str, left: object, right: object) -> None:
     checked = check(make())
     sent = decode(checked.url)
     assert (sent.format, sent.mode, sent.size) == ("BMP", mode, (40, 20))
@@ -158,7 +158,7 @@ def test_truncated_and_corrupt_files_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"<svg/>", b"BM" + bytes(60), b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_files_that_are_no_pictures_are_refused(data: bytes) -> None:
+def test_files_that_are_no_images_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidRequestError):
         check(data)
 
@@ -172,7 +172,7 @@ def test_urls_that_are_no_data_urls_are_refused(url: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_does_not_cost_the_picture() -> None:
+def test_broken_exif_does_not_cost_the_image() -> None:
     data = encode(Image.new("RGB", (20, 10), RED), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
     assert check(data).width == 20
 

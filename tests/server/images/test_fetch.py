@@ -1,4 +1,4 @@
-"""Fetching pictures: from public servers only, within every limit, and with one sentence for whatever fails."""
+"""Fetching images: from public servers only, within every limit, and with one sentence for whatever fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from server.version import package_version
 pytestmark = pytest.mark.anyio
 
 PARAM = "messages[0].content[1].image_url.url"
-PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 OUTSIDE, INSIDE = "127.0.0.1", "127.0.0.2"
 """Stand for a public and for a private address where a test needs servers behind both."""
 
@@ -76,7 +76,7 @@ async def fetching(
 @pytest.fixture
 async def origin(anyio_backend: str) -> AsyncIterator[Origin]:
     async with Origin() as server:
-        server.pages["/a.png"] = reply(PICTURE)
+        server.pages["/a.png"] = reply(IMAGE)
         yield server
 
 
@@ -108,10 +108,10 @@ async def refusal(fetch: Awaitable[bytes]) -> str:
 # What is asked, and of whom
 
 
-async def test_picture_arrives_as_it_was_sent(origin: Origin) -> None:
-    origin.pages["/a.png?size=1"] = reply(PICTURE)
+async def test_image_arrives_as_it_was_sent(origin: Origin) -> None:
+    origin.pages["/a.png?size=1"] = reply(IMAGE)
     async with fetching() as fetch:
-        assert await fetch(f"http://pictures.example:{origin.port}/a.png?size=1#top") == PICTURE
+        assert await fetch(f"http://pictures.example:{origin.port}/a.png?size=1#top") == IMAGE
     asked = origin.requests[0]
     assert asked.line == "GET /a.png?size=1 HTTP/1.1"
     assert asked.headers == {
@@ -131,8 +131,8 @@ async def test_connection_goes_to_the_checked_address_and_tls_to_the_name(
         Origin(tls=server_context(authority, "pictures.example")) as origin,
         fetching(names, ssl_context=trusting, fetch_http=False) as fetch,
     ):
-        origin.pages["/a.png"] = reply(PICTURE)
-        assert await fetch(f"https://pictures.example:{origin.port}/a.png") == PICTURE
+        origin.pages["/a.png"] = reply(IMAGE)
+        assert await fetch(f"https://pictures.example:{origin.port}/a.png") == IMAGE
     assert names.asked == ["pictures.example"]
 
 
@@ -159,7 +159,7 @@ async def test_proxies_of_the_environment_are_not_asked(origin: Origin, monkeypa
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{trap.port}")
             monkeypatch.setenv(name.lower(), f"http://127.0.0.1:{trap.port}")
-        assert await fetch(f"http://pictures.example:{origin.port}/a.png") == PICTURE
+        assert await fetch(f"http://pictures.example:{origin.port}/a.png") == IMAGE
         assert trap.requests == []
 
 
@@ -167,7 +167,7 @@ async def test_one_fetch_keeps_no_connection_for_the_next(origin: Origin) -> Non
     names = Names(moving=[[OUTSIDE], [INSIDE]])
     async with fetching(names) as fetch:
         url = f"http://moving.example:{origin.port}/a.png"
-        assert await fetch(url) == PICTURE
+        assert await fetch(url) == IMAGE
         assert UNAVAILABLE in await refusal(fetch(url))
 
 
@@ -177,7 +177,7 @@ async def test_further_address_serves_where_the_first_do_not(origin: Origin, mon
         names = Names(two=[[INSIDE, "127.0.0.3", OUTSIDE]])  # one is deaf, one refuses
         async with fetching(names, is_allowed=lambda address: address.is_loopback) as fetch:
             start = time.monotonic()
-            assert await fetch(f"http://two.example:{origin.port}/a.png") == PICTURE
+            assert await fetch(f"http://two.example:{origin.port}/a.png") == IMAGE
             assert time.monotonic() - start < 2
 
 
@@ -233,7 +233,7 @@ async def test_the_systems_own_resolver_is_checked_as_well(origin: Origin, host:
     try:
         assert UNAVAILABLE in await refusal(strict.fetch(url, PARAM))
         assert origin.requests == []
-        assert await lax.fetch(url, PARAM) == PICTURE
+        assert await lax.fetch(url, PARAM) == IMAGE
     finally:
         await strict.aclose()
         await lax.aclose()
@@ -249,7 +249,7 @@ async def test_one_private_address_among_public_ones_refuses_the_host(origin: Or
 async def test_rebound_name_is_never_resolved_twice(origin: Origin) -> None:
     names = Names(rebound=[[OUTSIDE], [INSIDE]])
     async with Origin(INSIDE, origin.port) as inside, fetching(names) as fetch:
-        assert await fetch(f"http://rebound.example:{origin.port}/a.png") == PICTURE
+        assert await fetch(f"http://rebound.example:{origin.port}/a.png") == IMAGE
         assert names.asked == ["rebound.example"]
         assert inside.requests == []
 
@@ -263,7 +263,7 @@ async def test_redirects_are_followed_each_with_its_own_resolution(origin: Origi
     origin.pages["/start"] = redirect(f"http://cdn.example:{origin.port}/deep/down", status)
     origin.pages["/deep/down"] = redirect("../a.png#there", status)
     async with fetching(names) as fetch:
-        assert await fetch(f"http://pictures.example:{origin.port}/start") == PICTURE
+        assert await fetch(f"http://pictures.example:{origin.port}/start") == IMAGE
     assert names.asked == ["pictures.example", "cdn.example", "cdn.example"]
     assert [asked.headers["Host"].split(":")[0] for asked in origin.requests] == names.asked
     assert all("Referer" not in asked.headers and "Cookie" not in asked.headers for asked in origin.requests)
@@ -273,11 +273,11 @@ async def test_redirects_are_followed_each_with_its_own_resolution(origin: Origi
 async def test_redirects_are_counted(origin: Origin, allowed: int, is_reached: bool) -> None:
     for step in range(3):
         origin.pages[f"/{step}"] = redirect(f"/{step + 1}")
-    origin.pages["/3"] = reply(PICTURE)
+    origin.pages["/3"] = reply(IMAGE)
     async with fetching(fetch_redirects=allowed) as fetch:
         fetched = fetch(f"http://pictures.example:{origin.port}/0")
         if is_reached:
-            assert await fetched == PICTURE
+            assert await fetched == IMAGE
         else:
             assert UNAVAILABLE in await refusal(fetched)
     assert len(origin.requests) == allowed + 1
@@ -333,7 +333,7 @@ async def test_redirect_from_https_to_http_needs_http_switched_on(
         secure.pages["/down"] = redirect(f"http://pictures.example:{origin.port}/a.png")
         fetched = fetch(f"https://pictures.example:{secure.port}/down")
         if fetch_http:
-            assert await fetched == PICTURE
+            assert await fetched == IMAGE
         else:
             assert UNAVAILABLE in await refusal(fetched)
             assert origin.requests == []
@@ -360,7 +360,7 @@ async def test_list_of_hosts_narrows_and_never_widens(origin: Origin) -> None:
     origin.pages["/away"] = redirect(f"http://other.example:{origin.port}/a.png")
     base = f"example:{origin.port}"
     async with fetching(names, fetch_hosts=("pictures.example", "inside.example")) as fetch:
-        assert await fetch(f"http://pictures.{base}/a.png") == PICTURE
+        assert await fetch(f"http://pictures.{base}/a.png") == IMAGE
         assert "listed hosts only" in await refusal(fetch(f"http://other.{base}/a.png"))
         assert UNAVAILABLE in await refusal(fetch(f"http://pictures.{base}/away"))
         assert UNAVAILABLE in await refusal(fetch(f"http://inside.{base}/a.png"))
@@ -382,7 +382,7 @@ async def test_size_is_refused_by_its_announcement_alone(origin: Origin) -> None
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])
-async def test_endless_picture_is_cut_at_the_limit(origin: Origin, is_chunked: bool) -> None:
+async def test_endless_image_is_cut_at_the_limit(origin: Origin, is_chunked: bool) -> None:
     sent = 0
 
     async def pour(writer: asyncio.StreamWriter) -> None:
@@ -403,7 +403,7 @@ async def test_endless_picture_is_cut_at_the_limit(origin: Origin, is_chunked: b
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1000])
 @pytest.mark.parametrize("sized", [True, False])
-async def test_pictures_up_to_the_limit_arrive_whole(origin: Origin, size: int, sized: bool) -> None:
+async def test_images_up_to_the_limit_arrive_whole(origin: Origin, size: int, sized: bool) -> None:
     origin.pages["/fits"] = reply(bytes(size), sized=sized)
     async with fetching(max_image_bytes=1000) as fetch:
         assert await fetch(f"http://pictures.example:{origin.port}/fits") == bytes(size)
@@ -477,7 +477,7 @@ async def test_fetches_at_a_time_are_bounded(origin: Origin) -> None:
 
     async def wait(writer: asyncio.StreamWriter) -> None:
         await gate.wait()
-        writer.write(reply(PICTURE))
+        writer.write(reply(IMAGE))
 
     origin.pages["/wait"] = wait
     async with fetching(fetch_concurrency=2) as fetch:
@@ -486,7 +486,7 @@ async def test_fetches_at_a_time_are_bounded(origin: Origin) -> None:
         assert len(origin.requests) == 2
         tasks.pop().cancel()
         gate.set()
-        assert await asyncio.gather(*tasks) == [PICTURE] * 5
+        assert await asyncio.gather(*tasks) == [IMAGE] * 5
     assert len(origin.requests) == 5
 
 
@@ -503,10 +503,10 @@ async def test_fetch_that_waits_too_long_for_its_turn_is_turned_away(origin: Ori
         assert time.monotonic() - start < 2
         task.cancel()
         await asyncio.wait((task,))
-        assert await fetch(f"{url}/a.png") == PICTURE
+        assert await fetch(f"{url}/a.png") == IMAGE
 
 
-async def test_picture_in_tiny_chunks_leaves_others_their_turn(origin: Origin) -> None:
+async def test_image_in_tiny_chunks_leaves_others_their_turn(origin: Origin) -> None:
     origin.pages["/crumbs"] = reply(b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n", sized=False, Transfer_Encoding="chunked")
     turns = 0
     async with fetching() as fetch:
@@ -522,22 +522,22 @@ async def test_picture_in_tiny_chunks_leaves_others_their_turn(origin: Origin) -
 
 
 GARBAGE = {
-    "status-404": reply(PICTURE, "404 Not Found"),
-    "status-206": reply(PICTURE, "206 Partial Content"),
+    "status-404": reply(IMAGE, "404 Not Found"),
+    "status-206": reply(IMAGE, "206 Partial Content"),
     "status-204": b"HTTP/1.1 204 No Content\r\n\r\n",
     "status-304": b"HTTP/1.1 304 Not Modified\r\n\r\n",
     "status-500": reply(b"secret", "500 Internal Server Error"),
     "switched": reply(status="101 Switching Protocols", Upgrade="tcp", Connection="upgrade"),
-    "gzip": reply(PICTURE, Content_Encoding="gzip"),
-    "brotli": reply(PICTURE, Content_Encoding="br"),
-    "gzip-transfer": reply(PICTURE, sized=False, Transfer_Encoding="gzip, chunked"),
+    "gzip": reply(IMAGE, Content_Encoding="gzip"),
+    "brotli": reply(IMAGE, Content_Encoding="br"),
+    "gzip-transfer": reply(IMAGE, sized=False, Transfer_Encoding="gzip, chunked"),
     "nothing": b"",
     "half-a-header": b"HTTP/1.1 200 OK\r\nContent-Le",
     "not-http": b"220 mail.example ESMTP\r\n",
     "ssh": b"SSH-2.0-OpenSSH_9.2\r\n",
     "binary": bytes(range(256)) * 10,
     "http-2": b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64",
-    "huge-header": reply(PICTURE, X="y" * 200_000),
+    "huge-header": reply(IMAGE, X="y" * 200_000),
     "huge-redirect": reply(status="302 Found", Location="/" + "a" * 200_000),
     "two-lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     "bad-length": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nab",
@@ -550,7 +550,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-async def test_answers_that_are_no_picture_are_refused(origin: Origin, name: str) -> None:
+async def test_answers_that_are_no_image_are_refused(origin: Origin, name: str) -> None:
     origin.pages["/garbage"] = GARBAGE[name]
     async with fetching() as fetch:
         assert UNAVAILABLE in await refusal(fetch(f"http://pictures.example:{origin.port}/garbage"))

@@ -1,4 +1,4 @@
-"""Pictures on their way through the gateway: fetched, checked, made plain, and given up when nobody waits."""
+"""Images on their way through the gateway: fetched, checked, made plain, and given up when nobody waits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bad_images import SIZE, ImageCase, image_cases
 from bad_urls import BAD_URLS, BadUrl
 from fake_engine import FakeEngine, images_of
 from gateway import gateway
-from images import ask, data_url, decode, encode, picture
+from images import ask, data_url, decode, encode, image
 from metric_text import metric, metrics_of, until_metric
 from origin import Origin, redirect, reply
 from PIL import Image
@@ -31,13 +31,13 @@ def photo(width: int, height: int, color: str) -> bytes:
     return encode(Image.new("RGB", (width, height), color))
 
 
-async def test_named_pictures_are_fetched_and_sent_along_in_order(engine: FakeEngine) -> None:
+async def test_named_images_are_fetched_and_sent_along_in_order(engine: FakeEngine) -> None:
     async with Origin() as origin, gateway(engine, fetches_locally=True) as client:
         origin.pages["/first"] = redirect("/moved")
         origin.pages["/moved"] = reply(photo(40, 20, "red"))
         origin.pages["/last"] = reply(photo(20, 40, "blue"))
         base = f"http://127.0.0.1:{origin.port}"
-        response = await client.post(CHAT, json=ask(f"{base}/first", picture(30, 30), f"{base}/last"))
+        response = await client.post(CHAT, json=ask(f"{base}/first", image(30, 30), f"{base}/last"))
         assert response.status_code == 200, response.text
         assert [item.size for item in images_of(engine.bodies[0])] == [(40, 20), (30, 30), (20, 40)]
         assert "127.0.0.1" not in str(engine.bodies[0]), "the engine gets no URL that it could fetch"
@@ -88,16 +88,16 @@ async def test_clients_that_leave_during_the_decoding_do_not_add_threads(
     monkeypatch.setattr("server.images.load.check_image", decode_slowly)
     async with gateway(engine, image_threads=2) as client:
         for _ in range(8):
-            task = asyncio.ensure_future(client.post(CHAT, json=ask(picture(8, 8))))
+            task = asyncio.ensure_future(client.post(CHAT, json=ask(image(8, 8))))
             await asyncio.sleep(0.02)
             task.cancel()
             await asyncio.wait((task,))
-        assert (await client.post(CHAT, json=ask(picture(8, 8)))).status_code == 200
+        assert (await client.post(CHAT, json=ask(image(8, 8)))).status_code == 200
         assert most <= 2
         await until_metric(client, "visiondrop_inflight_requests", 0)
 
 
-async def test_one_bad_picture_ends_the_other_fetches(engine: FakeEngine) -> None:
+async def test_one_bad_image_ends_the_other_fetches(engine: FakeEngine) -> None:
     async with (
         Origin(is_mute=True) as mute,
         Origin() as origin,
@@ -122,7 +122,7 @@ async def test_bad_urls_are_refused(engine: FakeEngine, case: BadUrl) -> None:
     assert not engine.bodies
 
 
-async def test_bad_pictures_are_refused_and_odd_ones_made_plain(engine: FakeEngine) -> None:
+async def test_bad_images_are_refused_and_odd_ones_made_plain(engine: FakeEngine) -> None:
     async with gateway(engine) as client:
         for case in image_cases():
             await _check_case(client, engine, case)
@@ -142,7 +142,7 @@ async def _check_case(client: httpx.AsyncClient, engine: FakeEngine, case: Image
         assert "0x" not in error["message"], "no addresses of objects"
 
 
-async def test_plain_pictures_pass_byte_for_byte(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_plain_images_pass_byte_for_byte(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     urls = [
         data_url(encode(Image.effect_noise((90, 70), 50).convert("RGB"), kind), f"image/{kind.lower()}")
         for kind in ("JPEG", "PNG", "WEBP")

@@ -1,4 +1,4 @@
-"""What URLs of pictures are read as, before anything is looked up."""
+"""What URLs of images are read as, before anything is looked up."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import Start, gateways, is_alive, wait_for
-from images import ask, picture
+from images import ask, image
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_serves_and_stops_cleanly(start: Start) -> None:
     gateway = start("serve")
     url = gateway.wait_url()
-    usage = httpx.post(f"{url}/v1/chat/completions", json=ask(picture(800, 600))).json()["usage"]
+    usage = httpx.post(f"{url}/v1/chat/completions", json=ask(image(800, 600))).json()["usage"]
     assert usage["visual_tokens"]["saved"] > 0
     (folder,) = gateway.temp.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -134,7 +134,7 @@ def test_metrics_have_a_port_of_their_own(start: Start) -> None:
     found = re.search(r"metrics at (http://\S+)/metrics", gateway.said)
     assert found
     assert "visiondrop_" in httpx.get(f"{found.group(1)}/metrics").text
-    answer = httpx.post(f"{found.group(1)}/v1/chat/completions", json=ask(picture()))
+    answer = httpx.post(f"{found.group(1)}/v1/chat/completions", json=ask(image()))
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
     gateway.process.send_signal(signal.SIGTERM)
     assert gateway.process.wait(timeout=10) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import HERE, ROOT, Start, gateways, wait_for
-from images import ask, picture
+from images import ask, image
 
 
 @pytest.fixture
@@ -66,5 +66,5 @@ def test_engines_that_do_not_fit_are_no_start(start: Start, engines: dict[str, s
 
 def test_requests_reach_an_engine(start: Start, engines: dict[str, str]) -> None:
     gateway = start("gateway", "--engine", engines["serve"])
-    answer = httpx.post(f"{gateway.wait_url()}/v1/chat/completions", json=ask(picture()))
+    answer = httpx.post(f"{gateway.wait_url()}/v1/chat/completions", json=ask(image()))
     assert answer.status_code == 200

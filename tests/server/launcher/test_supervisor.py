@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import Gateway, Start, gateways, is_alive, wait_for
-from images import ask, picture
+from images import ask, image
 
 from server.launcher.folder import EngineFolder
 from server.launcher.supervisor import Backoff
@@ -41,7 +41,7 @@ def test_killed_engine_ends_its_streams_with_an_error_and_comes_back(start: Star
     gateway = start("first_slow")
     url = gateway.wait_url()
     members = gateway.members()
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=ask(picture(), stream=True), timeout=10) as response:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=ask(image(), stream=True), timeout=10) as response:
         lines = (line for line in response.iter_lines() if line)
         assert "choices" in next(lines)
         os.kill(members[1], signal.SIGKILL)
@@ -49,11 +49,11 @@ def test_killed_engine_ends_its_streams_with_an_error_and_comes_back(start: Star
         assert list(lines) == []
     gateway.wait_said("the engine stopped (killed by SIGKILL)")
     assert not is_ready(url)
-    refusal = httpx.post(f"{url}/v1/chat/completions", json=ask(picture()))
+    refusal = httpx.post(f"{url}/v1/chat/completions", json=ask(image()))
     assert refusal.status_code == 503
     assert refusal.headers["content-type"] == "application/json"
     wait_for(lambda: is_ready(url), gateway)
-    assert httpx.post(f"{url}/v1/chat/completions", json=ask(picture())).status_code == 200
+    assert httpx.post(f"{url}/v1/chat/completions", json=ask(image())).status_code == 200
     gateway.wait_said("engine ready again after")
     assert not [pid for pid in members if is_alive(pid)], "the first engine's own child should be gone, too"
     assert_stops_cleanly(gateway)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from images import ask, picture
+from images import ask, image
 
 from server.errors import InvalidRequestError
 from server.schemas.chat import ChatRequest
@@ -27,7 +27,7 @@ def refusal(body: dict[str, Any]) -> InvalidRequestError:
 
 
 def image_part(**fields: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": picture(), **fields}}
+    return {"type": "image_url", "image_url": {"url": image(), **fields}}
 
 
 FIELDS = {
@@ -107,7 +107,7 @@ def test_a_part_holds_nothing_foreign(part: dict[str, Any], param: str, words: s
 
 
 @pytest.mark.parametrize("detail", ["auto", "low", "high", "original", "full", None])
-def test_a_picture_has_a_budget_and_a_detail_of_its_own(detail: str | None) -> None:
+def test_a_image_has_a_budget_and_a_detail_of_its_own(detail: str | None) -> None:
     request = parse(text([image_part(detail=detail, visual_token_budget="low"), image_part()]))
     first, second = request.images()
     assert (first.detail, first.budget) == (detail, 160)
@@ -161,27 +161,27 @@ def test_budgets_and_knobs_beside_a_messages_content_are_refused(name: str) -> N
             "messages[0].content",
         ),
         (
-            {"messages": [{"role": "assistant", "content": "<image>"}, *ask(picture())["messages"]]},
+            {"messages": [{"role": "assistant", "content": "<image>"}, *ask(image())["messages"]]},
             "messages[0].content",
         ),
         (
-            ask(picture(), tools=[{"type": "function", "function": {"name": "f", "description": "an <image>"}}]),
+            ask(image(), tools=[{"type": "function", "function": {"name": "f", "description": "an <image>"}}]),
             "tools[0].function.description",
         ),
         (
-            ask(picture(), tools=[{"type": "function", "function": {"name": "f", "parameters": {"<image>": {}}}}]),
+            ask(image(), tools=[{"type": "function", "function": {"name": "f", "parameters": {"<image>": {}}}}]),
             "tools[0].function.parameters",
         ),
-        (ask(picture(), documents=[{"title": "<image>"}]), "documents[0].title"),
+        (ask(image(), documents=[{"title": "<image>"}]), "documents[0].title"),
     ],
 )
-def test_text_may_not_stand_for_a_picture(body: dict[str, Any], param: str) -> None:
+def test_text_may_not_stand_for_a_image(body: dict[str, Any], param: str) -> None:
     error = refusal(body)
     assert error.param == param
     assert "'<image>'" in error.message
 
 
-def test_the_marker_is_text_where_there_are_no_pictures() -> None:
+def test_the_marker_is_text_where_there_are_no_images() -> None:
     assert parse(text("What does <image> mean in SVG?")).messages
 
 

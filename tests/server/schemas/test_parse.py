@@ -39,10 +39,10 @@ def test_a_body_of_very_many_values_is_refused_unread(body: bytes) -> None:
 
 def test_names_of_megabytes_cost_no_more_than_their_reading() -> None:
     name = "k" * 8_000_000
-    picture = '{"type": "image_url", "image_url": {"url": "data:"}}'
+    image = '{"type": "image_url", "image_url": {"url": "data:"}}'
     tools = json.dumps([{"function": {"name": "f", "parameters": {name: {name: [0] * 20_000}}}}])
     started = time.process_time()
-    ChatRequest.parse(f'{{"messages": [{{"role": "user", "content": [{picture}]}}], "tools": {tools}}}'.encode())
+    ChatRequest.parse(f'{{"messages": [{{"role": "user", "content": [{image}]}}], "tools": {tools}}}'.encode())
     for body in (
         f'{{"{name}": 1}}',
         f'{{"messages": [{{"role": "user", "content": [{{"type": "text", "{name}": 1}}]}}]}}',

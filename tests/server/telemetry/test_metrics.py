@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import GEOMETRY, TEXT_TOKENS, WORDS, FakeEngine
-from images import ask, picture
+from images import ask, image
 from metric_text import metric, metrics_of
 
 from vd_plugin.schedule import FULL, PRESETS, prefill_flops, resolve
@@ -25,7 +25,7 @@ async def test_record_feeds_metrics_and_log(
     client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="visiondrop.requests")
-    url = picture(800, 600)
+    url = image(800, 600)
     await client.post(CHAT, json=ask(url, visual_token_budget="low"), headers={"X-Request-Id": "abc-1"})
 
     text = await metrics_of(client)
@@ -69,7 +69,7 @@ async def test_log_of_a_refused_request_does_not_quote_it(
 ) -> None:
     caplog.set_level("INFO", logger="visiondrop.requests")
     engine.refusal = (400, {"error": {"message": "not 'my secret'", "type": "BadRequestError", "param": None}})
-    response = await client.post(CHAT, json={**ask(picture()), **fields})
+    response = await client.post(CHAT, json={**ask(image()), **fields})
     assert "my secret" in response.json()["error"]["message"]
     line = json.loads(caplog.messages[-1])
     assert (line["status"], line["error"], line["param"]) == (400, error, param)
@@ -77,7 +77,7 @@ async def test_log_of_a_refused_request_does_not_quote_it(
 
 
 async def test_streams_feed_metrics_though_the_client_asked_for_no_usage(client: httpx.AsyncClient) -> None:
-    await client.post(CHAT, json=ask(picture(800, 600), stream=True))
+    await client.post(CHAT, json=ask(image(800, 600), stream=True))
     text = await metrics_of(client)
     assert metric(text, "visiondrop_prefill_flops_saved_total") > 0
     assert metric(text, "visiondrop_time_to_first_token_seconds_count") == 1
@@ -99,7 +99,7 @@ async def test_engine_that_counts_otherwise_is_noticed(
     client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.extra_image_tokens = 5
-    usage = (await client.post(CHAT, json=ask(picture()))).json()["usage"]
+    usage = (await client.post(CHAT, json=ask(image()))).json()["usage"]
     assert usage["prompt_tokens_details"]["image_tokens"] == resolve(GEOMETRY, 50, 100, 640).num_placeholders + 5
     assert usage["prompt_tokens_details"]["text_tokens"] == TEXT_TOKENS
     assert metric(await metrics_of(client), "visiondrop_schedule_mismatch_total") == 1
@@ -108,7 +108,7 @@ async def test_engine_that_counts_otherwise_is_noticed(
 
 async def test_engine_without_token_details_is_taken_at_its_word(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reports_details = False
-    usage = (await client.post(CHAT, json=ask(picture()))).json()["usage"]
+    usage = (await client.post(CHAT, json=ask(image()))).json()["usage"]
     tokens = resolve(GEOMETRY, 50, 100, 640).num_placeholders
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": tokens, "text_tokens": TEXT_TOKENS}
     assert metric(await metrics_of(client), "visiondrop_schedule_mismatch_total") == 0
@@ -118,7 +118,7 @@ async def test_prometheus_own_linter_has_no_complaint(client: httpx.AsyncClient)
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool, which comes with Prometheus, is not installed")
-    await client.post("/v1/chat/completions", json=ask(picture()))
+    await client.post("/v1/chat/completions", json=ask(image()))
     text = await metrics_of(client)
     command = [promtool, "check", "metrics"]
     lint = await asyncio.to_thread(subprocess.run, command, input=text, capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
 from gateway import make_app
-from images import ask, picture
+from images import ask, image
 
 from server.settings import Settings
 from server.telemetry.tracing import HandOn, OtlpTracing, make_tracing
@@ -32,12 +32,12 @@ async def test_span_is_between_the_clients_and_the_engines(engine: FakeEngine) -
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as client:
         await client.post(
             CHAT,
-            json=ask(picture(800, 600), visual_token_budget=160),
+            json=ask(image(800, 600), visual_token_budget=160),
             headers={"traceparent": f"00-{TRACE}-{PARENT}-01"},
         )
         await client.get("/health")
         engine.refusal = (500, {})
-        await client.post(CHAT, json=ask(picture()))
+        await client.post(CHAT, json=ask(image()))
 
     served, failed = exporter.get_finished_spans()
     assert f"{served.context.trace_id:032x}" == TRACE

@@ -43,7 +43,7 @@ def alone(engine: Engine) -> list[Answer]:
 
 @pytest.mark.parametrize("order", [1, -1], ids=["forward", "backward"])
 def test_a_batch_answers_as_each_request_alone(engine: Engine, alone: list[Answer], order: int) -> None:
-    """More tokens than one step takes: some pictures wait while others are being answered."""
+    """More tokens than one step takes: some images wait while others are being answered."""
     engine.forget()
     assert sum(len(answer.prompt_token_ids) for answer in alone) > engines.FAST["max_num_batched_tokens"]
     together = engine.generate(*REQUESTS[::order])[::order]
@@ -78,8 +78,8 @@ def test_after_a_bad_request_the_engine_goes_on(engine: Engine, alone: list[Answ
     _assert_same(second, alone[0])
 
 
-def test_a_prompt_without_its_picture_is_refused(engine: Engine, alone: list[Answer]) -> None:
-    """Two pictures, one placeholder: vLLM's own assertion, in the caller; the engine goes on."""
+def test_a_prompt_without_its_image_is_refused(engine: Engine, alone: list[Answer]) -> None:
+    """Two images, one placeholder: vLLM's own assertion, in the caller; the engine goes on."""
     two = request("Only <image>", [draw(90, 90), draw(90, 90, seed=1)], visual_token_budget=160)
     with pytest.raises(AssertionError, match="Failed to apply prompt replacement"):
         engine.generate(two)

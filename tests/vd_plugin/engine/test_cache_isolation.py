@@ -53,18 +53,18 @@ def cold(engine: Engine) -> Any:
     """The answer of a cold engine to a request, computed once. Call it before the engine is warmed."""
     answers: dict[str, Answer] = {}
 
-    def ask(prompt: str, pictures: Sequence[Any], **asked: Any) -> Answer:
-        key = repr((prompt, [id(picture) for picture in pictures], sorted(asked.items())))
+    def ask(prompt: str, images: Sequence[Any], **asked: Any) -> Answer:
+        key = repr((prompt, [id(image) for image in images], sorted(asked.items())))
         if key not in answers:
             engine.forget()
-            answers[key] = _ask(engine, prompt, pictures, **asked)
+            answers[key] = _ask(engine, prompt, images, **asked)
             assert answers[key].num_cached_tokens == 0
         return answers[key]
 
     return ask
 
 
-def test_budgets_of_one_picture_in_every_order(engine: Engine, cold: Any) -> None:
+def test_budgets_of_one_image_in_every_order(engine: Engine, cold: Any) -> None:
     """A walk in which every budget follows every other, and itself, at once."""
     expected = [cold(ONE, [A], **asked) for asked in ASKED]
     for number, answer in enumerate(expected):
@@ -97,31 +97,31 @@ def test_budgets_of_one_picture_in_every_order(engine: Engine, cold: Any) -> Non
 def test_a_list_of_budgets_after_another_request(
     engine: Engine, cold: Any, first: list[Any], then: list[Any], uuids: bool
 ) -> None:
-    pictures, budgets = _pictures(then)
-    expected = cold(TWO, pictures, visual_token_budget=budgets)
+    images, budgets = _images(then)
+    expected = cold(TWO, images, visual_token_budget=budgets)
     assert expected.count(_image_token(engine)) == sum(
-        _placeholders(engine, picture, {"visual_token_budget": budget})
-        for picture, budget in zip(pictures, budgets, strict=True)
+        _placeholders(engine, image, {"visual_token_budget": budget})
+        for image, budget in zip(images, budgets, strict=True)
     )
     engine.forget()
     for wanted in (first, then, then):
-        pictures, budgets = _pictures(wanted)
+        images, budgets = _images(wanted)
         named = {"uuids": [name for name, _ in wanted]} if uuids else {}
-        answer = _ask(engine, TWO if len(wanted) == 2 else ONE, pictures, visual_token_budget=budgets, **named)
+        answer = _ask(engine, TWO if len(wanted) == 2 else ONE, images, visual_token_budget=budgets, **named)
         if wanted is then:
             _assert_same(answer, expected)
 
 
 def test_uuids_at_every_budget(engine: Engine, cold: Any) -> None:
-    """A client's name for a picture stands for the picture, not for its budget."""
+    """A client's name for an image stands for the image, not for its budget."""
     expected = [cold(ONE, [A], **asked) for asked in ASKED]
     engine.forget()
     for number in _walk_over_all_pairs(len(ASKED)):
         _assert_same(_ask(engine, ONE, [A], uuids=["picture"], **ASKED[number]), expected[number])
 
 
-def test_a_cached_picture_may_be_left_out_in_full_alone(engine: Engine, cold: Any) -> None:
-    """A schedule needs the picture's size, which a name alone does not tell."""
+def test_a_cached_image_may_be_left_out_in_full_alone(engine: Engine, cold: Any) -> None:
+    """A schedule needs the image's size, which a name alone does not tell."""
     expected = cold(ONE, [A])
     engine.forget()
     _ask(engine, ONE, [A], uuids=["picture"])
@@ -148,7 +148,7 @@ def test_a_clients_uuid_cannot_pose_as_a_schedule(engine: Engine, cold: Any) -> 
         _assert_same(answer, expected)
 
 
-def test_different_questions_about_one_picture(engine: Engine, cold: Any) -> None:
+def test_different_questions_about_one_image(engine: Engine, cold: Any) -> None:
     """Encoder and processor cache answer, the prefix cache in part."""
     questions = [ONE, "USER: <image>\nHow many? ASSISTANT:", "<image>", "USER: Well: <image> ASSISTANT:"]
     asked = [ASKED[1], ASKED[3], ASKED[0], ASKED[4]]
@@ -180,7 +180,7 @@ def test_the_prefix_cache_answers_the_same_budget_alone(engine: Engine) -> None:
 
 
 def test_a_neighbours_budget_costs_no_cache_hit(engine: Engine) -> None:
-    """The first picture's blocks serve again when only the second one's budget changes."""
+    """The first image's blocks serve again when only the second one's budget changes."""
     engine.forget()
     _ask(engine, TWO, [A, B], visual_token_budget=[640, 320])
     answer = _ask(engine, TWO, [A, B], visual_token_budget=[640, 160])
@@ -192,7 +192,7 @@ def test_a_neighbours_budget_costs_no_cache_hit(engine: Engine) -> None:
 
 
 def _stock_hashes(self: Any, inputs: Any) -> Any:
-    """vLLM's own, which hold the whole request's keywords: one picture at two budgets in one request is one entry."""
+    """vLLM's own, which hold the whole request's keywords: one image at two budgets in one request is one entry."""
     return inputs.get_mm_hashes(self.info.model_id, self.info.ctx.get_mm_config().mm_hasher_algorithm)
 
 
@@ -201,7 +201,7 @@ def _hashes_without_budget(self: Any, inputs: Any) -> Any:
 
 
 def _stock_kwargs(self: Any, inputs: Any, mm_is_cached: Any) -> Any:
-    """vLLM's own: the missing pictures are processed with the keywords of all."""
+    """vLLM's own: the missing images are processed with the keywords of all."""
     return inputs.hf_processor_mm_kwargs
 
 
@@ -219,22 +219,22 @@ def test_without_our_override_answers_are_wrong(
 ) -> None:
     engine = engines.start(demo)
     prompt = TWO if len(then) == 2 else ONE
-    pictures, budgets = _pictures(then)
-    expected = _ask(engine, prompt, pictures, visual_token_budget=budgets)
+    images, budgets = _images(then)
+    expected = _ask(engine, prompt, images, visual_token_budget=budgets)
     engine.forget()
     monkeypatch.setattr(processor._BudgetProcessor, method, broken)
     try:
-        for picture, budget in zip(*_pictures(first), strict=True):
-            _ask(engine, ONE, [picture], visual_token_budget=[budget])
-        assert _is_wrong(engine, expected, prompt, pictures, budgets)
+        for image, budget in zip(*_images(first), strict=True):
+            _ask(engine, ONE, [image], visual_token_budget=[budget])
+        assert _is_wrong(engine, expected, prompt, images, budgets)
     finally:
         monkeypatch.undo()
         engines.stop()  # wrong rows may have broken more than this answer
 
 
-def _is_wrong(engine: Engine, expected: Answer, prompt: str, pictures: list[Any], budgets: list[Any]) -> bool:
+def _is_wrong(engine: Engine, expected: Answer, prompt: str, images: list[Any], budgets: list[Any]) -> bool:
     try:
-        answer = _ask(engine, prompt, pictures, visual_token_budget=budgets)
+        answer = _ask(engine, prompt, images, visual_token_budget=budgets)
     except Exception:  # whichever, from zip to the engine's own assertions
         return True
     if answer.prompt_token_ids != expected.prompt_token_ids:
@@ -252,7 +252,7 @@ def _assert_same(answer: Answer, expected: Answer) -> None:
     assert_close(answer.logprobs, expected.logprobs, atol=1e-4, rtol=0)
 
 
-def _pictures(wanted: list[Any]) -> tuple[list[Any], list[Budget]]:
+def _images(wanted: list[Any]) -> tuple[list[Any], list[Budget]]:
     return [{"A": A, "B": B}[name] for name, _ in wanted], [budget for _, budget in wanted]
 
 
@@ -265,13 +265,13 @@ def _identifier_of(engine: Engine, asked: dict[str, Any]) -> str:
     return str(identifier)
 
 
-def _placeholders(engine: Engine, picture: Any, asked: dict[str, Any]) -> int:
+def _placeholders(engine: Engine, image: Any, asked: dict[str, Any]) -> int:
     geometry = read_geometry(engine.llm.model_config.hf_config)
     if "visual_token_schedule" in asked:
-        schedule = resolve_explicit(geometry, picture.height, picture.width, asked["visual_token_schedule"])
+        schedule = resolve_explicit(geometry, image.height, image.width, asked["visual_token_schedule"])
     else:
         budget = parse_budget(asked.get("visual_token_budget", FULL))
-        schedule = resolve(geometry, picture.height, picture.width, budget)
+        schedule = resolve(geometry, image.height, image.width, budget)
     return schedule.num_placeholders
 
 

@@ -4,8 +4,8 @@ Everything here runs on the model object of a started engine. Where the golden v
 judges, on the demo checkpoint and on a LLaVA-1.5 made from it.
 
 On log-probabilities: on equal pixels engine and reference differ by float32 rounding alone (measured: at most 4e-5).
-So the whole run, picture included, is compared on the pixels of the image processor that the engine uses (torchvision's
-resizing). On the authors' pixels, which PIL resized, it is the same for LLaVA-1.5, whose recorded pictures need no
+So the whole run, image included, is compared on the pixels of the image processor that the engine uses (torchvision's
+resizing). On the authors' pixels, which PIL resized, it is the same for LLaVA-1.5, whose recorded images need no
 resizing, and up to 3e-4 for LLaVA-NeXT, whose base view does: there the pixels themselves differ by 1.5e-2, one step of
 8 bits.
 """
@@ -86,10 +86,10 @@ def test_image_rows_equal_the_release(recorded: tuple[Path, Engine], subtests: p
             assert_close(rows, case["image_seq"], atol=1e-4, rtol=0)
 
 
-def test_answers_to_recorded_pictures_equal_the_reference(
+def test_answers_to_recorded_images_equal_the_reference(
     recorded: tuple[Path, Engine], subtests: pytest.Subtests
 ) -> None:
-    """Encoder stage alone, from prompt text and picture on; the release has recorded no such run."""
+    """Encoder stage alone, from prompt text and image on; the release has recorded no such run."""
     folder, engine = recorded
     for case in _cases_of(folder):
         if case.is_named(golden.BASE_VIEW):
@@ -199,7 +199,7 @@ def _assert_answer_equals_the_reference(
 
 
 def _single_view(model: Any, case: Case) -> Tensor:
-    """What the release does with one view of a LLaVA-NeXT; Hugging Face's processor never makes such a picture."""
+    """What the release does with one view of a LLaVA-NeXT; Hugging Face's processor never makes such an image."""
     features = run_tower(model.vision_tower, case["pixel_values"])
     tiles = prune_tiles(features, TokenSplit(*case.encoder))
     rows = model.multi_modal_projector(order_image(tiles.tokens, tiles.kept, (0, 0), 24))

@@ -1,6 +1,6 @@
 """KV memory on the live engine: blocks of every stage as the schedule predicts, and a prefix cache that is never wrong.
 
-The largest picture of a LLaVA-NeXT, 2,928 tokens in full, in blocks of 128 rows. The cache holds two such pictures.
+The largest image of a LLaVA-NeXT, 2,928 tokens in full, in blocks of 128 rows. The cache holds two such images.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from vd_plugin.schedule import Schedule, resolve
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-PICTURE = draw(672, 672)
+IMAGE = draw(672, 672)
 BUDGETS = {"full": 92, 640: 8 + 6 + 5 + 3, 320: 4 + 3 + 3 + 2, 160: 2 + 2 + 2 + 1}
-"""Blocks of 128 rows that the picture alone takes, over four stages."""
+"""Blocks of 128 rows that the image alone takes, over four stages."""
 NUM_TOKENS = {"full": 20, 640: 8, 320: 36, 160: 20}
 """To generate: until some stage needs another block."""
 
@@ -51,7 +51,7 @@ def stepper(engine: Engine) -> Iterator[Stepper]:
 
 
 def schedule_of(engine: Engine, budget: Any) -> Schedule:
-    schedule = resolve(read_geometry(engine.llm.model_config.hf_config), PICTURE.height, PICTURE.width, budget)
+    schedule = resolve(read_geometry(engine.llm.model_config.hf_config), IMAGE.height, IMAGE.width, budget)
     assert schedule.full == 2928
     return schedule
 
@@ -68,10 +68,10 @@ def groups(stepper: Stepper) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_blocks_are_those_of_the_schedule(engine: Engine, stepper: Stepper, budget: Any) -> None:
-    """The picture alone, then with ever more text behind it, group by group and at every step."""
+    """The image alone, then with ever more text behind it, group by group and at every step."""
     schedule = schedule_of(engine, budget)
     free = stepper.free_blocks
-    stepper.add("picture", request("<image>", [PICTURE], visual_token_budget=budget), greedy(NUM_TOKENS[budget]))
+    stepper.add("picture", request("<image>", [IMAGE], visual_token_budget=budget), greedy(NUM_TOKENS[budget]))
     stepper.step()
     assert sorted(stage for stage, _ in groups(stepper)) == [0, 1, 2, 3]
     assert free - stepper.free_blocks == image_blocks(schedule, groups(stepper)) == BUDGETS[budget]
@@ -88,11 +88,11 @@ def test_blocks_are_those_of_the_schedule(engine: Engine, stepper: Stepper, budg
 
 
 @pytest.mark.parametrize("budget", [640, 160])
-def test_blocks_of_text_and_two_pictures_are_those_of_their_schedules(
+def test_blocks_of_text_and_two_images_are_those_of_their_schedules(
     engine: Engine, stepper: Stepper, budget: int
 ) -> None:
     prompt = f"{words(7)} <image> {words(9, 1)} <image> {words(5, 2)}"
-    stepper.add("two", request(prompt, [PICTURE, PICTURE], visual_token_budget=budget), greedy(3))
+    stepper.add("two", request(prompt, [IMAGE, IMAGE], visual_token_budget=budget), greedy(3))
     stepper.step()
     (output,) = stepper.outputs["two"]
     schedule = schedule_of(engine, budget)
@@ -105,7 +105,7 @@ def test_blocks_of_text_and_two_pictures_are_those_of_their_schedules(
 def crowd(stepper: Stepper, count: int, budget: Any, num_text: int) -> tuple[int, int]:
     """Largest number of requests that ran at once, and how often one was preempted."""
     image = stepper.engine.llm.model_config.hf_config.image_token_index
-    asked = request("", [PICTURE], visual_token_budget=budget)
+    asked = request("", [IMAGE], visual_token_budget=budget)
     del asked["prompt"]
     for number in range(count):
         # Each begins with another token, so that they share nothing in the prefix cache.
@@ -120,7 +120,7 @@ def crowd(stepper: Stepper, count: int, budget: Any, num_text: int) -> tuple[int
 
 
 def test_sixteen_small_requests_fit_where_full_ones_are_preempted(stepper: Stepper) -> None:
-    # 12 tokens of text fill the 23rd block of a full picture but for four rows: two fit, until they grow.
+    # 12 tokens of text fill the 23rd block of a full image but for four rows: two fit, until they grow.
     assert crowd(stepper, 2, "full", 12) == (2, 1)
     assert crowd(stepper, 16, 160, 12) == (16, 0)
 
@@ -128,7 +128,7 @@ def test_sixteen_small_requests_fit_where_full_ones_are_preempted(stepper: Stepp
 def test_the_law_of_blocks_can_fail(breakable: Engine, stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
     sabotage.allocate_for_the_original_tokens(monkeypatch)
     schedule = schedule_of(breakable, 160)
-    stepper.add("picture", request(f"{words(9)} <image>", [PICTURE], visual_token_budget=160), greedy(9))
+    stepper.add("picture", request(f"{words(9)} <image>", [IMAGE], visual_token_budget=160), greedy(9))
     stepper.step()
     num_text = stepper.computed("picture") - schedule.num_placeholders
     assert stepper.blocks("picture") != predict(stepper, schedule, num_text)

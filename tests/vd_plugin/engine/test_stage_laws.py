@@ -14,7 +14,7 @@ import engines
 import pytest
 import sabotage
 from engines import Answer, Engine, draw, request
-from mixed_batch import PICTURES, PROMPT, mixed_batch
+from mixed_batch import IMAGES, PROMPT, mixed_batch
 from sabotage import Sabotage
 from staged import LAYERS, SAME, assert_same, checkpoint, difference, largest, wipe, words
 
@@ -67,10 +67,10 @@ def together(engine: Engine, batch: list[dict[str, Any]]) -> list[Answer]:
 
 
 def as_prompts(engine: Engine, answer: Answer) -> list[dict[str, Any]]:
-    """The pictures' prompt with ever more of its own answer behind it."""
+    """The images' prompt with ever more of its own answer behind it."""
     ids = engine.llm.get_tokenizer().encode(PROMPT)
     return [
-        {**request("", PICTURES, visual_token_budget=[64, 160]), "prompt_token_ids": [*ids, *answer.token_ids[:count]]}
+        {**request("", IMAGES, visual_token_budget=[64, 160]), "prompt_token_ids": [*ids, *answer.token_ids[:count]]}
         for count in range(1, len(answer.token_ids))
     ]
 
@@ -132,14 +132,14 @@ def test_order_in_the_batch_does_not_matter(engine: Engine, alone: list[Answer])
 
 def test_each_image_is_pruned_by_its_own_schedule(engine: Engine) -> None:
     """The first image's plans and rows do not depend on what the second one asks for, and reversed budgets differ."""
-    one, same, other = (engine.ask(PROMPT, PICTURES, visual_token_budget=b) for b in ([64, 160], [64, 160], [160, 64]))
+    one, same, other = (engine.ask(PROMPT, IMAGES, visual_token_budget=b) for b in ([64, 160], [64, 160], [160, 64]))
     assert_same(one, same)
     assert float((one.logprobs[0] - other.logprobs[0]).abs().max()) > 100 * SAME
 
 
 def test_decoding_equals_prefilling_again(engine: Engine) -> None:
     engine.forget()
-    answer = engine.ask(PROMPT, PICTURES, visual_token_budget=[64, 160], num_tokens=6)
+    answer = engine.ask(PROMPT, IMAGES, visual_token_budget=[64, 160], num_tokens=6)
     assert decode_error(answer, prefilled(engine, answer)) <= SAME
 
 
@@ -175,5 +175,5 @@ def test_the_law_of_decoding_can_fail(breakable: Engine, monkeypatch: pytest.Mon
     """Both sides run broken here: the law finds the bug without an oracle."""
     broken(monkeypatch)
     breakable.forget()
-    answer = breakable.ask(PROMPT, PICTURES, visual_token_budget=[64, 160], num_tokens=6)
+    answer = breakable.ask(PROMPT, IMAGES, visual_token_budget=[64, 160], num_tokens=6)
     assert decode_error(answer, prefilled(breakable, answer)) > 100 * SAME

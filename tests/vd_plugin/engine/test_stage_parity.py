@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 TOLERANCE = 1e-3
 """Of log-probabilities. Seen at most: 5e-5 against the reference, which gets the engine's own pixels; against the
-release 4e-5 with LLaVA-1.5, 5e-4 with LLaVA-NeXT, whose pictures are resized (torchvision here, PIL there)."""
+release 4e-5 with LLaVA-1.5, 5e-4 with LLaVA-NeXT, whose images are resized (torchvision here, PIL there)."""
 
 CASES = [case for case in golden.cases() if not case.is_named(golden.BASE_VIEW)]
 STEPS = 8

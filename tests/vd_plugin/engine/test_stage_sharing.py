@@ -38,33 +38,33 @@ SHARED = words(3 * BLOCK + 8)
 """Three whole blocks and the beginning of a fourth; the prompt begins with one token more."""
 ALIGNED = words(2 * BLOCK - 1, 7)
 """With the token that every prompt begins with, two whole blocks."""
-PICTURES = [draw(336, 336, seed=seed) for seed in range(4)]
+IMAGES = [draw(336, 336, seed=seed) for seed in range(4)]
 
 BATCHES: dict[str, list[dict[str, Any]]] = {
     "two images": [
-        request(f"{SHARED} <image> {words(4, 1)}", [PICTURES[0]], visual_token_budget=64),
-        request(f"{SHARED} <image> {words(4, 2)}", [PICTURES[1]], visual_token_budget=48),
+        request(f"{SHARED} <image> {words(4, 1)}", [IMAGES[0]], visual_token_budget=64),
+        request(f"{SHARED} <image> {words(4, 2)}", [IMAGES[1]], visual_token_budget=48),
     ],
     "text first": [
         request(f"{SHARED} {words(30, 3)}"),
-        request(f"{SHARED} {words(30, 3)} {words(5, 4)} <image> {words(4, 2)}", [PICTURES[1]], visual_token_budget=48),
+        request(f"{SHARED} {words(30, 3)} {words(5, 4)} <image> {words(4, 2)}", [IMAGES[1]], visual_token_budget=48),
     ],
     "the same picture": [
-        request(f"{SHARED} <image> {words(4, number)}", [PICTURES[2]], visual_token_budget=64) for number in range(3)
+        request(f"{SHARED} <image> {words(4, number)}", [IMAGES[2]], visual_token_budget=64) for number in range(3)
     ],
     "the shared text ends with a block": [
-        request(f"{ALIGNED} <image> {words(4, number)}", [PICTURES[number]], visual_token_budget=64)
+        request(f"{ALIGNED} <image> {words(4, number)}", [IMAGES[number]], visual_token_budget=64)
         for number in range(3)
     ],
     "more text between": [
-        request(f"{SHARED} {words(40, number)} <image> <image>", PICTURES[number : number + 2], visual_token_budget=48)
+        request(f"{SHARED} {words(40, number)} <image> <image>", IMAGES[number : number + 2], visual_token_budget=48)
         for number in range(3)
     ],
     "a picture in full before": [
-        request(f"{SHARED} <image> <image>", PICTURES[:2], visual_token_budget=["full", budget]) for budget in (48, 64)
+        request(f"{SHARED} <image> <image>", IMAGES[:2], visual_token_budget=["full", budget]) for budget in (48, 64)
     ],
     "images first, which share nothing": [
-        request(f"<image> {SHARED}", [PICTURES[number]], visual_token_budget=64) for number in range(2)
+        request(f"<image> {SHARED}", [IMAGES[number]], visual_token_budget=64) for number in range(2)
     ],
 }
 
@@ -128,7 +128,7 @@ def test_an_image_that_arrives_while_its_text_is_written(engine: Engine) -> None
     image = engine.llm.model_config.hf_config.image_token_index
     late = {
         "prompt_token_ids": [*text[: BLOCK + 4], image, *text[5:9]],
-        "multi_modal_data": {"image": [PICTURES[3]]},
+        "multi_modal_data": {"image": [IMAGES[3]]},
         "mm_processor_kwargs": {"visual_token_budget": 64},
     }
     engine.forget()
@@ -149,8 +149,7 @@ def test_an_image_that_arrives_while_its_text_is_written(engine: Engine) -> None
 def test_shared_text_is_computed_once_and_the_image_waits_for_one_step(engine: Engine) -> None:
     """What the law costs: nothing is computed twice, and only an image whose text was found in its own step waits."""
     batch = [
-        request(f"{SHARED} <image> {words(4, number)}", [PICTURES[number]], visual_token_budget=64)
-        for number in range(4)
+        request(f"{SHARED} <image> {words(4, number)}", [IMAGES[number]], visual_token_budget=64) for number in range(4)
     ]
     dirty(engine)
     with recorded_steps(engine) as chunks:

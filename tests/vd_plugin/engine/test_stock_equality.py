@@ -12,7 +12,7 @@ from torch.testing import assert_close
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 FULL_WIDE = 576 + 24 * 48 + 24
-"""Stock rows of a LLaVA-NeXT picture of 640 x 320: base view, its tiles, a newline for each row of patches."""
+"""Stock rows of a LLaVA-NeXT image of 640 x 320: base view, its tiles, a newline for each row of patches."""
 
 REQUESTS: dict[str, tuple[Any, ...]] = {
     "one image": ("USER: <image>\nWhat is it? ASSISTANT:", [draw(640, 320)]),
@@ -83,7 +83,7 @@ def test_full_images_beside_pruned_ones_keep_the_stock_rows(both: tuple[Engine, 
     assert len(pruned.prompt_token_ids) < len(stock["another image"].prompt_token_ids)
 
 
-def test_a_shared_budget_may_be_full_for_one_picture_alone(both: tuple[Engine, dict[str, Answer]]) -> None:
+def test_a_shared_budget_may_be_full_for_one_image_alone(both: tuple[Engine, dict[str, Answer]]) -> None:
     engine, stock = both
     name = "two images of different sizes"
     budgets = ["full", 160]
@@ -95,7 +95,7 @@ def test_a_shared_budget_may_be_full_for_one_picture_alone(both: tuple[Engine, d
 
 
 def test_the_comparison_can_fail(both: tuple[Engine, dict[str, Answer]]) -> None:
-    """Pictures and pruning change the answer by far more than the tolerance."""
+    """Images and pruning change the answer by far more than the tolerance."""
     engine, stock = both
     assert (stock["one image"].logprobs - stock["another image"].logprobs).abs().max() > 1e-2
     pruned = engine.ask(*REQUESTS["one image"], visual_token_budget=320)
