@@ -1,7 +1,7 @@
 """Median time of a decode step, VisionDrop against stock vLLM: same checkpoint, same context, interleaved in one run.
 
 Two engines run in two processes; the parent lets them take turns, a few steps at a time, so that both see the same
-machine. The prompts hold one picture in full and some text, so that both engines do the same work: the difference is
+machine. The prompts hold one image in full and some text, so that both engines do the same work: the difference is
 what keeping several stages costs when nothing is saved. A second pair of columns shows the same requests at a budget.
 
     python benchmarks/decode_step.py MODEL [--requests 4] [--rounds 12] [--steps 8] [--budget 320]
@@ -20,7 +20,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-_PICTURE = (672, 672)
+_IMAGE_SIZE = (672, 672)
 
 
 def _serve(pipe: Connection, model: str, kind: str, num_requests: int) -> None:
@@ -44,7 +44,7 @@ def _serve(pipe: Connection, model: str, kind: str, num_requests: int) -> None:
     llm = LLM(**({"model": model, **options} if kind == "stock" else engine_args(model, **options)))
     engine = llm.llm_engine
     token = llm.get_tokenizer().decode([engine.model_config.hf_config.image_token_index])
-    picture = Image.effect_mandelbrot(_PICTURE, (-2, -1.5, 1, 1.5), 64).convert("RGB")
+    image = Image.effect_mandelbrot(_IMAGE_SIZE, (-2, -1.5, 1, 1.5), 64).convert("RGB")
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
         name, budget, count = order
@@ -52,7 +52,7 @@ def _serve(pipe: Connection, model: str, kind: str, num_requests: int) -> None:
             for number in range(num_requests):
                 prompt: dict[str, Any] = {
                     "prompt": f"USER: {token}\nWhat is this? ASSISTANT:",
-                    "multi_modal_data": {"image": picture},
+                    "multi_modal_data": {"image": image},
                 }
                 if budget != "stock":
                     prompt["mm_processor_kwargs"] = {"visual_token_budget": budget}

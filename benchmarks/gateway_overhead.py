@@ -69,8 +69,8 @@ def engine(path: str) -> None:
     asyncio.run(run())
 
 
-def picture(num_bytes: int, kind: str) -> str:
-    """A data URL with a picture of noise, as large as can be below a number of bytes."""
+def image(num_bytes: int, kind: str) -> str:
+    """A data URL with an image of noise, as large as can be below a number of bytes."""
     side, data = 16, b""
     while True:
         buffer = BytesIO()
@@ -102,9 +102,9 @@ def main() -> None:
     num_requests = parser.parse_args().requests
     bodies = {
         "text": chat(),
-        "100 KB JPEG": chat(picture(100_000, "JPEG")),
-        "2 MB JPEG": chat(picture(2_000_000, "JPEG")),
-        "2 MB PNG": chat(picture(2_000_000, "PNG")),
+        "100 KB JPEG": chat(image(100_000, "JPEG")),
+        "2 MB JPEG": chat(image(2_000_000, "JPEG")),
+        "2 MB PNG": chat(image(2_000_000, "PNG")),
     }
     with tempfile.TemporaryDirectory() as folder:
         socket = f"{folder}/engine.sock"

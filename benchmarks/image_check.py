@@ -1,4 +1,4 @@
-"""What checking an image costs the gateway: two plain files of some megabytes, and a bomb.
+"""What checking an image costs the gateway: two canonical files of some megabytes, and a bomb.
 
 Prints a table and, last, one line of JSON. Needs no engine.
 """
@@ -51,8 +51,8 @@ def bomb() -> bytes:
 
 
 FILES: dict[str, Callable[[], bytes]] = {
-    "PNG, plain": lambda: encode(noise(1000, 670), "PNG"),
-    "JPEG, plain": scene,
+    "PNG, canonical": lambda: encode(noise(1000, 670), "PNG"),
+    "JPEG, canonical": scene,
     "PNG, bomb": bomb,
 }
 

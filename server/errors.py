@@ -49,7 +49,7 @@ REJECTION_REASONS: Final = (
     "engine_down",
     "engine_overloaded",
 )
-"""Why requests are turned away: labels of a metric."""
+"""Why requests are rejected: labels of a metric."""
 
 
 class GatewayError(Exception):
@@ -62,7 +62,7 @@ class GatewayError(Exception):
     """
 
     reason: str | None = None
-    """One of REJECTION_REASONS, for a request that was turned away without being at fault in itself."""
+    """One of REJECTION_REASONS, for a request that was rejected without being at fault itself."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         # What a client sent may be quoted in both.

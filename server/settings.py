@@ -30,7 +30,7 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(64 * _MIB, gt=0)
     max_buffered_bytes: int = Field(1024 * _MIB, gt=0)
-    """Bodies and fetched images that all requests together may hold in memory; above it requests are turned away."""
+    """Bodies and fetched images that all requests together may hold in memory; above it requests are rejected."""
     max_connections: int = Field(4096, gt=0)
     """Open connections; more are closed at once."""
     header_seconds: float = Field(10.0, gt=0)

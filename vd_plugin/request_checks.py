@@ -2,7 +2,7 @@
 
 vLLM calls `processor.py` with every image, and most checks are made there. Three things pass it by: a request's
 parameters, arguments of the image processor where there is no image, and images that were processed elsewhere. vLLM has
-no hook there, so `install` puts checks around three of its methods. They do nothing for other models.
+no hook there, so `install` wraps three of its methods in checks. They do nothing for other models.
 
 REMOVE WHEN: vLLM calls a model's processor, or a plugin, with each request that it is about to send to the engine core.
 
@@ -29,7 +29,7 @@ MAX_PIXEL: Final = 1000.0
 
 
 def install() -> None:
-    """Put the checks in their places. Idempotent.
+    """Wrap vLLM's methods. Idempotent.
 
     Raises:
         RuntimeError: vLLM's methods are not those that the checks were written for.
@@ -74,7 +74,7 @@ def unsupported(params: Any, is_session: bool) -> tuple[str, str | None] | None:
 def check_feature(feature: Any, geometry: Geometry) -> None:
     """Refuse an image whose data do not match its identifier and its position in the prompt.
 
-    Our processor makes none of that kind; whoever sends processed images past it may.
+    Our processor returns none of that kind; clients that send processed images past it may.
 
     Raises:
         VLLMValidationError: schedule, placeholders or pixels do not fit.
@@ -85,8 +85,8 @@ def check_feature(feature: Any, geometry: Geometry) -> None:
         raise VLLMValidationError("malformed schedule in an image identifier", parameter="mm_hashes") from None
     if splits and len(splits) != len(geometry.boundaries) + 1:
         raise VLLMValidationError("an image identifier has a schedule for another engine", parameter="mm_hashes")
-    if feature.data is None:  # the engine core has it already, under this identifier
-        return
+    if feature.data is None:  # the engine core keeps none: see `validation.prepare_engine`
+        raise VLLMValidationError("an image was sent by name alone, without its data", parameter="kwargs_data")
     fields = {name: element.data for name, element in feature.data.items()}
     rows = fields.get("visual_token_schedule")
     expected = [[*(split or (0, 0))] for split in splits or [None] * (len(geometry.boundaries) + 1)]
@@ -96,9 +96,8 @@ def check_feature(feature: Any, geometry: Geometry) -> None:
     num_tiles = len(pixels) if isinstance(pixels, torch.Tensor) and geometry.grid_pinpoints else None
     check_pixels(pixels, num_tiles, geometry.tile_size)
     encoder = splits[0] if splits else None
-    length = (
-        (num_tiles or 1) * encoder.rows if encoder is not None else _full_tokens(fields.get("image_sizes"), geometry)
-    )
+    full = _full_tokens(fields.get("image_sizes"), geometry)
+    length = full if encoder is None else (num_tiles or 1) * encoder.rows
     if length != feature.mm_position.length:
         raise VLLMValidationError("an image's placeholders do not fit its schedule", parameter="placeholders")
 

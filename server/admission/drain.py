@@ -27,7 +27,7 @@ class Drain:
         return self._num_inflight
 
     def begin(self) -> None:
-        """From now on new work is turned away; what is in flight goes on."""
+        """From now on new work is rejected; what is in flight goes on."""
         self._is_stopping = True
 
     @contextmanager

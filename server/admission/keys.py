@@ -212,5 +212,5 @@ def _complaint(error: ValidationError) -> str:
     complaint = first_complaint(error)
     field = ".".join(str(step) for step in complaint.location)
     if complaint.kind == "extra_forbidden":
-        return f"{field} is not a field that is known here"
+        return f"{field} is an unknown field"
     return f"{field}: {complaint.reason}" if field else complaint.reason

@@ -60,7 +60,7 @@ class Dispatcher:
         try:
             await context.cleanup.enter_async_context(self._admission.admit(cost))
         except GatewayError as error:
-            has_waited = error.reason == "queue_timeout"  # all others are turned away at once
+            has_waited = error.reason == "queue_timeout"  # all others are rejected at once
             raise
         finally:
             if has_waited:

@@ -156,9 +156,7 @@ def _check_size(image: Image.Image, settings: Settings, param: str) -> None:
 def _check_single(image: Image.Image, param: str) -> None:
     # MPO is what some cameras write: a JPEG followed by previews of the same scene. Its first frame is the image.
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise InvalidRequestError(
-            "the image is animated; send the frame that is meant", param=param, code="invalid_image"
-        )
+        raise InvalidRequestError("the image is animated; send a single frame", param=param, code="invalid_image")
 
 
 def _is_canonical(image: Image.Image, orientation: int | None) -> bool:

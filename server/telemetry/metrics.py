@@ -37,7 +37,7 @@ class Metrics:
         build = Info("visiondrop_build", "What is running.", registry=self.registry)
         build.info({"version": package_version(), "rule_version": str(RULE_VERSION)})
         self._requests = self._counter("requests", "Requests by outcome.", "route", "code", "budget_class")
-        self._rejections = self._counter("rejections", "Requests turned away, by reason.", "reason")
+        self._rejections = self._counter("rejections", "Requests rejected, by reason.", "reason")
         self._images = self._counter("images", "Images that an engine took.", "budget_class")
         self._full = self._counter("visual_tokens_full", "Visual tokens of the stock model.", "budget_class")
         self._kept = self._counter("visual_tokens_kept", "Visual tokens a decoder layer held.", "budget_class")

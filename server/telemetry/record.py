@@ -37,7 +37,7 @@ def visual_tokens(schedules: Sequence[Schedule]) -> VisualTokens:
 
 
 def choose_request_id(sent: str | None) -> str:
-    """The client's own id if it is short and plain (it goes into headers and logs), else a new one."""
+    """The client's own id if it is short printable ASCII (it goes into headers and logs), else a new one."""
     if sent is not None and _SANE_REQUEST_ID.fullmatch(sent):
         return sent
     return f"req-{uuid.uuid4().hex}"

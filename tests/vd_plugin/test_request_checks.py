@@ -56,7 +56,6 @@ ACCEPTED = {
     "in the decoder alone": feature(
         "image~visiondrop:-5.1-4.0-2.1", NUM_FULL, visual_token_schedule=torch.tensor([[0, 0], *SPLITS[1:]])
     ),
-    "known to the engine core": Feature(IDENTIFIER, None, SimpleNamespace(offset=0, length=12)),
 }
 
 
@@ -66,6 +65,7 @@ def test_what_our_processor_makes_is_accepted(name: str) -> None:
 
 
 REFUSED = {
+    "no data": (Feature(IDENTIFIER, None, SimpleNamespace(offset=0, length=12)), "without its data"),
     "garbage behind the mark": (feature("image~visiondrop:x.y"), "malformed schedule"),
     "nothing behind the mark": (feature("image~visiondrop:"), "another engine"),
     "too few stages": (feature("image~visiondrop:3.1-5.1"), "another engine"),
