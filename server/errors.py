@@ -248,7 +248,9 @@ class Complaint(NamedTuple):
 
 
 def first_complaint(error: ValidationError) -> Complaint:
-    first = error.errors(include_url=False, include_input=False)[0]
+    """What to report of pydantic's errors: a missing field of the whole, else the first in the order of fields."""
+    errors = error.errors(include_url=False, include_input=False)
+    first = next((entry for entry in errors if entry["type"] == "missing" and len(entry["loc"]) == 1), errors[0])
     reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return Complaint(first["loc"], first["type"], reason)
 

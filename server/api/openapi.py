@@ -121,7 +121,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("get", paths.MODELS): Operation("List the models and their budgets", answers.ModelList, _LOOKING),
     ("get", "/v1/models/{model_id}"): Operation(
-        "Report one model", answers.Model, (*_LOOKING, 404), parameter="model_id"
+        "Retrieve one model", answers.Model, (*_LOOKING, 404), parameter="model_id"
     ),
     ("get", paths.HEALTH): Operation("Whether the server lives", answers.Health, _OPEN, needs_key=False),
     ("get", paths.READY): Operation("Whether the engine makes progress", answers.Ready, (*_LOOKING,)),

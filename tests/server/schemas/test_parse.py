@@ -77,3 +77,16 @@ def test_the_first_wrong_value_ends_the_reading(
         parse(body)
     assert caught.value.param == param
     assert time.process_time() - started < 2  # a complaint for each would take ten seconds
+
+
+@pytest.mark.parametrize(
+    ("parse", "param"),
+    [(ChatRequest.parse, "messages"), (CompletionRequest.parse, "prompt"), (ResponsesRequest.parse, "input")],
+    ids=["chat", "completions", "responses"],
+)
+def test_the_field_that_is_missing_is_named_before_one_that_is_wrong(
+    parse: Callable[[bytes], object], param: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(b'{"temperature": 9, "n": 0}')
+    assert caught.value.param == param
