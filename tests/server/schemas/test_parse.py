@@ -88,5 +88,5 @@ def test_the_field_that_is_missing_is_named_before_one_that_is_wrong(
     parse: Callable[[bytes], object], param: str
 ) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        parse(b'{"temperature": 9, "n": 0}')
+        parse(b'{"temperature": 9}')
     assert caught.value.param == param
