@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,6 +12,17 @@ from fake_engine import FakeEngine
 from gateway import make_app
 
 from server.settings import Settings
+
+KEYS = """
+[keys.shop]
+secret = "shop-secret"
+max_budget = "low"
+images_per_minute = 3
+
+[keys.lab]
+secret = "lab-secret"
+requests_per_minute = 2
+"""
 
 
 @pytest.fixture
@@ -33,3 +45,12 @@ async def client(engine: FakeEngine, settings: Settings, anyio_backend: str) -> 
     app = make_app(settings, engine)
     async with httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as http:
         yield http
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A key file of a key with a small budget and few images, and one of few requests."""
+    path = tmp_path / "keys.toml"
+    path.write_text(KEYS)
+    path.chmod(0o600)
+    return path

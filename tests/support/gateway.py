@@ -54,3 +54,7 @@ def assert_error(response: httpx.Response, status: int, param: str | None, *word
         assert word in error["message"]
     assert "Traceback" not in error["message"]
     assert response.headers["x-request-id"]
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}

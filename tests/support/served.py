@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,18 @@ def process(*arguments: str, log: Path, **environment: str) -> Iterator[subproce
     clean = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, env={**clean, **environment}
+            [sys.executable, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**clean, **environment},
+            start_new_session=True,
         )
         try:
             yield child
         finally:
             tree = [*psutil.Process(child.pid).children(recursive=True)] if child.poll() is None else []
-            child.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # also what a child that has died has left behind
             child.wait()
             for orphan in tree:
                 if orphan.is_running():

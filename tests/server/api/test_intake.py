@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from gateway import gateway
+from gateway import bearer, gateway
 from images import ask, image
 from metric_text import metric
 
@@ -21,29 +21,6 @@ pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"
 TEXT = {"messages": [{"role": "user", "content": "Hi"}]}
 JSON = {"Content-Type": "application/json"}
-
-KEYS = """
-[keys.shop]
-secret = "shop-secret"
-max_budget = "low"
-images_per_minute = 3
-
-[keys.lab]
-secret = "lab-secret"
-requests_per_minute = 2
-"""
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Path:
-    path = tmp_path / "keys.toml"
-    path.write_text(KEYS)
-    path.chmod(0o600)
-    return path
-
-
-def bearer(secret: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {secret}"}
 
 
 async def test_rates_are_per_key_and_tell_when_to_come_back(engine: FakeEngine, keys: Path) -> None:

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
-from gateway import assert_error, make_app
+from gateway import assert_error, bearer, make_app
 
 from server.app import metrics_app_of
 from server.settings import Settings
@@ -17,35 +17,12 @@ pytestmark = pytest.mark.anyio
 
 CHAT = "/v1/chat/completions"
 
-KEYS = """
-[keys.shop]
-secret = "shop-secret"
-max_budget = "low"
-images_per_minute = 3
-
-[keys.lab]
-secret = "lab-secret"
-requests_per_minute = 2
-"""
-
 
 async def test_ready_follows_the_engine_and_health_does_not(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert (await client.get("/ready")).status_code == 200
     engine.is_up = False
     assert_error(await client.get("/ready"), 503, None)
     assert (await client.get("/health")).status_code == 200
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Path:
-    path = tmp_path / "keys.toml"
-    path.write_text(KEYS)
-    path.chmod(0o600)
-    return path
-
-
-def bearer(secret: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {secret}"}
 
 
 async def test_operators_port_has_metrics_and_probes_without_a_key_and_nothing_else(

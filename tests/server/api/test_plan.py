@@ -9,7 +9,7 @@ import httpx
 import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, FakeEngine
-from gateway import gateway, make_app
+from gateway import bearer, gateway, make_app
 from images import ask, image
 
 from server.settings import Settings
@@ -141,30 +141,6 @@ async def test_count_refuses_what_chat_would(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/visual_tokens/count", json=ask("data:image/png;base64,aGVsbG8="))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == f"{PART}.url"
-
-
-KEYS = """
-[keys.shop]
-secret = "shop-secret"
-max_budget = "low"
-images_per_minute = 3
-
-[keys.lab]
-secret = "lab-secret"
-requests_per_minute = 2
-"""
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Path:
-    path = tmp_path / "keys.toml"
-    path.write_text(KEYS)
-    path.chmod(0o600)
-    return path
-
-
-def bearer(secret: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {secret}"}
 
 
 async def test_keys_ceiling_lowers_budgets(engine: FakeEngine, keys: Path) -> None:

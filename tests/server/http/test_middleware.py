@@ -11,7 +11,7 @@ import httpx
 import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine, sse_data
-from gateway import assert_error, gateway, make_app
+from gateway import assert_error, bearer, gateway, make_app
 from images import ask, image
 from metric_text import metric, metrics_of
 
@@ -22,29 +22,6 @@ from server.settings import Settings
 pytestmark = pytest.mark.anyio
 
 CHAT = "/v1/chat/completions"
-
-KEYS = """
-[keys.shop]
-secret = "shop-secret"
-max_budget = "low"
-images_per_minute = 3
-
-[keys.lab]
-secret = "lab-secret"
-requests_per_minute = 2
-"""
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Path:
-    path = tmp_path / "keys.toml"
-    path.write_text(KEYS)
-    path.chmod(0o600)
-    return path
-
-
-def bearer(secret: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {secret}"}
 
 
 async def test_all_routes_but_liveness_need_a_key(engine: FakeEngine, keys: Path) -> None:
