@@ -79,9 +79,9 @@ def test_after_a_bad_request_the_engine_goes_on(engine: Engine, alone: list[Answ
 
 
 def test_a_prompt_without_its_image_is_refused(engine: Engine, alone: list[Answer]) -> None:
-    """Two images, one placeholder: vLLM's own assertion, in the caller; the engine goes on."""
+    """Two images, one placeholder: refused in the front end, and the engine goes on."""
     two = request("Only <image>", [draw(90, 90), draw(90, 90, seed=1)], visual_token_budget=160)
-    with pytest.raises(AssertionError, match="Failed to apply prompt replacement"):
+    with pytest.raises(VLLMValidationError, match=r"1 image token\(s\) for 2 image"):
         engine.generate(two)
     (answer,) = engine.generate(REQUESTS[0])
     _assert_same(answer, alone[0])
