@@ -39,7 +39,7 @@ def install() -> None:
 
     _wrap(InputProcessor, "process_inputs", ["self", "request_id", "prompt", "params"], _checking_requests)
     _wrap(BaseRenderer, "_process_tokens", ["self", "prompt"], _checking_prompts)
-    _wrap(BaseRenderer, "_process_tokens_async", ["self", "prompt"], _checking_prompts_async)
+    _wrap(BaseRenderer, "_process_tokens_async", ["self", "prompt"], _checking_prompts)
 
 
 def check_request(request: Any, geometry: Geometry) -> None:
@@ -146,32 +146,24 @@ _KWARGS: Final = "mm_processor_kwargs"
 def _checking_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        geometry = _geometry(self.model_config)
-        if geometry is None:
-            return stock(self, request_id, prompt, *args, **kwargs)
         request = stock(self, request_id, prompt, *args, **kwargs)
-        check_request(request, geometry)
+        geometry = _geometry(self.model_config)
+        if geometry is not None:
+            check_request(request, geometry)
         return request
 
     return process_inputs
 
 
 def _checking_prompts(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Checks when it is called; what it returns may be a coroutine of the stock method's."""
+
     @functools.wraps(stock)
     def process_tokens(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         _check_prompt(self, prompt)
         return stock(self, prompt, *args, **kwargs)
 
     return process_tokens
-
-
-def _checking_prompts_async(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    async def process_tokens_async(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_prompt(self, prompt)
-        return await stock(self, prompt, *args, **kwargs)
-
-    return process_tokens_async
 
 
 def _check_prompt(renderer: Any, prompt: Any) -> None:

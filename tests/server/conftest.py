@@ -9,7 +9,7 @@ import httpx
 import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
-from gateway import make_app
+from gateway import make_app, write_keys
 
 from server.settings import Settings
 
@@ -50,7 +50,4 @@ async def client(engine: FakeEngine, settings: Settings, anyio_backend: str) -> 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     """A key file of a key with a small budget and few images, and one of few requests."""
-    path = tmp_path / "keys.toml"
-    path.write_text(KEYS)
-    path.chmod(0o600)
-    return path
+    return write_keys(tmp_path, KEYS)

@@ -84,6 +84,15 @@ class Server:
         )
 
 
+@contextmanager
+def served_demo(demo: Path, folder: Path) -> Iterator[Server]:
+    """`visiondrop serve` with the demo checkpoint, started as fast as it can."""
+    log, port = folder / "log", free_port()
+    options = ("--", "--max-model-len", "6144", "--max-num-seqs", "4", "--enforce-eager", "--skip-mm-profiling")
+    with process("-m", "server.cli", "serve", str(demo), "--port", str(port), *options, log=log) as child:
+        yield Server(child, port, log)
+
+
 def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -21,7 +21,7 @@ from bad_images import image_cases
 from engines import draw
 from openai.types.chat import ChatCompletion
 from PIL import Image
-from served import START_SECONDS, Server, data_url, free_port, process, wait_until_ready
+from served import START_SECONDS, Server, data_url, free_port, process, served_demo, wait_until_ready
 
 from vd_plugin.schedule import FULL, PRESETS, Geometry, Schedule, parse_budget, resolve
 
@@ -30,10 +30,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log, port = tmp_path_factory.mktemp("server") / "log", free_port()
-    options = ("--", "--max-model-len", "6144", "--max-num-seqs", "4", "--enforce-eager", "--skip-mm-profiling")
-    with process("-m", "server.cli", "serve", str(demo), "--port", str(port), *options, log=log) as child:
-        yield Server(child, port, log)
+    with served_demo(demo, tmp_path_factory.mktemp("server")) as server:
+        yield server
+        child = server.child
         descendants = psutil.Process(child.pid).children(recursive=True)
         assert len(descendants) >= 2, "an API server and an engine core"
         child.send_signal(signal.SIGINT)

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 from engines import draw
-from served import Server, data_url, free_port, process
+from served import Server, data_url, served_demo
 
 from vd_plugin.schedule import Geometry, resolve
 
@@ -31,10 +31,8 @@ TOOL = {"type": "function", "function": {"name": "look", "description": "Look.",
 
 @pytest.fixture(scope="module")
 def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log, port = tmp_path_factory.mktemp("surface") / "log", free_port()
-    options = ("--", "--max-model-len", "6144", "--max-num-seqs", "4", "--enforce-eager", "--skip-mm-profiling")
-    with process("-m", "server.cli", "serve", str(demo), "--port", str(port), *options, log=log) as child:
-        yield Server(child, port, log)
+    with served_demo(demo, tmp_path_factory.mktemp("surface")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from gateway import write_keys
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
@@ -33,10 +34,7 @@ secret = "plain-secret"
 
 @pytest.fixture
 def key_file(tmp_path: Path) -> Path:
-    path = tmp_path / "keys.toml"
-    path.write_text(FILE)
-    path.chmod(0o600)
-    return path
+    return write_keys(tmp_path, FILE)
 
 
 @pytest.fixture

@@ -8,25 +8,12 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import MODEL, FakeEngine, sse_data
+from gateway import assert_error
 
 pytestmark = pytest.mark.anyio
 
 ROUTE = "/v1/completions"
 NO_IMAGES = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine()
-
-
-def assert_refused(response: httpx.Response, param: str | None, *words: str) -> None:
-    assert response.status_code == 400, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["param"] == param, error
-    for word in words:
-        assert word in error["message"]
 
 
 async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClient, engine: FakeEngine) -> None:
@@ -50,7 +37,7 @@ async def test_a_budget_in_a_header_is_refused_where_there_are_no_images(
     client: httpx.AsyncClient, engine: FakeEngine, route: str, body: dict[str, Any], value: str
 ) -> None:
     response = await client.post(route, json=body, headers={"X-Visual-Token-Budget": value})
-    assert_refused(response, "X-Visual-Token-Budget", "visual token budget")
+    assert_error(response, 400, "X-Visual-Token-Budget", "visual token budget")
     assert not engine.calls
 
 
@@ -97,5 +84,5 @@ async def test_prompts_have_four_forms(client: httpx.AsyncClient, engine: FakeEn
 async def test_bad_requests_get_a_sentence(
     client: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], param: str, words: str
 ) -> None:
-    assert_refused(await client.post(ROUTE, json=fields), param, words)
+    assert_error(await client.post(ROUTE, json=fields), 400, param, words)
     assert not engine.calls

@@ -7,21 +7,10 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import FakeEngine
+from gateway import assert_error
 from images import image
 
 pytestmark = pytest.mark.anyio
-
-ROUTE = "/v1/completions"
-NO_IMAGES = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
-
-
-def assert_refused(response: httpx.Response, param: str | None, *words: str) -> None:
-    assert response.status_code == 400, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["param"] == param, error
-    for word in words:
-        assert word in error["message"]
 
 
 async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engine: FakeEngine) -> None:
@@ -55,7 +44,7 @@ async def test_tokens_of_texts_and_conversations(client: httpx.AsyncClient, engi
 async def test_bad_token_requests_get_a_sentence(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str, words: str
 ) -> None:
-    assert_refused(await client.post(path, json=fields), param, words)
+    assert_error(await client.post(path, json=fields), 400, param, words)
     assert not engine.calls
 
 

@@ -134,16 +134,21 @@ def test_an_image_that_arrives_while_its_text_is_written(engine: Engine) -> None
     engine.forget()
     (expected,) = engine.generate(late)
     for steps in range(4, 14):
-        dirty(engine)
-        stepper = Stepper(engine)
-        stepper.add("writer", writer, greedy(2 * BLOCK))
-        stepper.step(steps)
-        stepper.add("late", late)
-        stepper.run(lambda: stepper.is_done("late"))  # noqa: B023
-        answer = stepper.answer("late")
-        stepper.abort_all()
-        stepper.run()
-        assert_same(expected, answer)
+        assert_same(expected, late_answer(engine, writer, late, steps))
+
+
+def late_answer(engine: Engine, writer: dict[str, Any], late: dict[str, Any], steps: int) -> Answer:
+    """To a request that arrives when another one has been running for some steps, in a dirty cache."""
+    dirty(engine)
+    stepper = Stepper(engine)
+    stepper.add("writer", writer, greedy(2 * BLOCK))
+    stepper.step(steps)
+    stepper.add("late", late)
+    stepper.run(lambda: stepper.is_done("late"))
+    answer = stepper.answer("late")
+    stepper.abort_all()
+    stepper.run()
+    return answer
 
 
 def test_shared_text_is_computed_once_and_the_image_waits_for_one_step(engine: Engine) -> None:
