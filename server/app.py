@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from server.admission.drain import Drain
 from server.admission.keys import ApiKeys
+from server.admission.memory import MemoryBudget
 from server.admission.queue import Admission
 from server.admission.rates import RateLimits
 from server.api import openapi
@@ -57,12 +58,16 @@ def create_app(
     admission = Admission(settings, lambda: engines.capacity)
     engines.on_capacity_change = admission.update
     fetcher = fetcher or ImageFetcher(settings)
-    intake, dispatcher = Intake(settings, drain, rates), Dispatcher(engines, admission)
+    memory = MemoryBudget(settings.max_buffered_bytes)
+    intake, dispatcher = Intake(settings, drain, rates, memory), Dispatcher(engines, admission)
     planner = Planner(settings, engines, ImageLoader(settings, fetcher), rates)
-    metrics, tracing = Metrics(), tracing or make_tracing(settings)
-    metrics.watch_queue(lambda: admission.queue_depth)
+    tracing = tracing or make_tracing(settings)
+    metrics = Metrics(keys.names if settings.key_metrics else ())
+    metrics.watch_queue(lambda: admission.queue_depth, settings.max_queued_requests)
+    metrics.watch_inflight(lambda: admission.inflight_cost, lambda: engines.capacity)
+    metrics.watch_memory(lambda: memory.leased_bytes, memory.limit_bytes)
     for name in engines.names:
-        metrics.watch_engine(name, partial(engines.is_up, name))
+        metrics.watch_engine(name, partial(engines.is_up, name), partial(engines.outstanding_cost, name))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -221,6 +221,9 @@ _TABLE: Final[Mapping[type[GatewayError], _Row]] = {
     InternalError: _Row(500, "server_error"),
 }
 
+STATUSES: Final = tuple(sorted({row.status for row in _TABLE.values()} | {422, 431}))
+"""Statuses of errors: labels of a metric. 422 is relayed from the engine, 431 is for headers that are too long."""
+
 
 class Complaint(NamedTuple):
     """What pydantic reports about one value.

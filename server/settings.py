@@ -96,6 +96,8 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(None, ge=0, le=65535)
     """A port for `/metrics` alone; without one it is on the main port, behind the keys where there are any."""
     metrics_host: str = "127.0.0.1"
+    key_metrics: bool = False
+    """Whether every API key has metrics of its own, under its name."""
     tracing: bool = False
     """Whether to send OpenTelemetry traces; the OTEL_* variables set the destination."""
 

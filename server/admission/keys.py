@@ -84,6 +84,10 @@ class ApiKeys:
         return cls(entries)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(key.name for _, key in self._entries))
+
+    @property
     def is_open(self) -> bool:
         """Nobody needs a key."""
         return not self._entries

@@ -15,11 +15,11 @@ from server.settings import Settings
 class Intake:
     """What it takes for a request is given back when the request is over (RequestContext.cleanup)."""
 
-    def __init__(self, settings: Settings, drain: Drain, rates: RateLimits) -> None:
+    def __init__(self, settings: Settings, drain: Drain, rates: RateLimits, memory: MemoryBudget) -> None:
         self._settings = settings
         self._drain = drain
         self._rates = rates
-        self._memory = MemoryBudget(settings.max_buffered_bytes)
+        self._memory = memory
 
     async def read(self, request: Request, context: RequestContext) -> bytes:
         """The request's body.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from prometheus_client import (
@@ -17,21 +17,26 @@ from prometheus_client import (
 
 from server import paths
 from server.budget import CLASSES, budget_class
-from server.errors import REJECTION_REASONS
+from server.errors import REJECTION_REASONS, STATUSES
 from server.telemetry.record import RequestRecord
 from server.version import package_version
 from vd_plugin.schedule import RULE_VERSION
 
 # From a cached answer of a tiny model to a long answer on a busy machine.
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_CODES: Final = ("200", "400", "401", "404", "408", "413", "415", "429", "499", "500", "502", "503")
+_CODES: Final = ("200", *map(str, STATUSES))
+_TOKEN_KINDS: Final = ("prompt", "completion", "visual_kept", "visual_saved")
 _IMAGE_CLASSES: Final = tuple(name for name in CLASSES if name != "none")
 
 
 class Metrics:
-    """The gateway's metrics on a registry of their own; one instance an app."""
+    """The gateway's metrics on a registry of their own; one instance an app.
 
-    def __init__(self) -> None:
+    Args:
+        key_names: the names of the API keys if each is to have series of its own.
+    """
+
+    def __init__(self, key_names: Iterable[str] = ()) -> None:
         self.registry = CollectorRegistry()
         disable_created_metrics()  # Prometheus makes nothing of them, and they double the number of series
         build = Info("visiondrop_build", "What is running.", registry=self.registry)
@@ -46,9 +51,11 @@ class Metrics:
         self._mismatches = self._counter(
             "schedule_mismatch", "Requests whose prompt did not hold as many visual tokens as planned."
         )
-        self._seconds = self._histogram("request_seconds", "Time from a request's arrival to its answer's last byte.")
+        self._seconds = self._histogram(
+            "request_seconds", "Time from a request's arrival to its answer's last byte.", "budget_class"
+        )
         self._first_token = self._histogram(
-            "time_to_first_token_seconds", "Time from a streaming request's arrival to its first token."
+            "time_to_first_token_seconds", "Time from a streaming request's arrival to its first token.", "budget_class"
         )
         self._inter_token = self._histogram("inter_token_seconds", "Time between two parts of a streamed answer.")
         self._fetch = self._histogram("image_fetch_seconds", "Time to fetch an image from its URL.")
@@ -56,20 +63,44 @@ class Metrics:
             "image_decode_seconds", "Time to check and normalise an image, waiting for a thread included."
         )
         self._queue = self._histogram("queue_seconds", "Time in the queue before an engine.")
-        self.inflight = Gauge("visiondrop_inflight_requests", "Requests being served.", registry=self.registry)
-        self._queue_depth = Gauge("visiondrop_queue_depth", "Requests in the queue.", registry=self.registry)
-        self._engine_up = Gauge(
-            "visiondrop_engine_up", "1 if the engine answers and makes progress.", ["engine"], registry=self.registry
+        self.inflight = self._gauge("inflight_requests", "Requests being served.")
+        self._queue_depth = self._gauge("queue_depth", "Requests in the queue.")
+        self._queue_limit = self._gauge("queue_limit", "Requests that the queue takes.")
+        self._inflight_tokens = self._gauge("inflight_tokens", "Cost of the requests that the engines work on.")
+        self._inflight_limit = self._gauge(
+            "inflight_tokens_limit", "Cost that the engines which are up may work on at a time."
         )
+        self._buffered = self._gauge("buffered_bytes", "Request data held in memory.")
+        self._buffered_limit = self._gauge("buffered_bytes_limit", "Request data that may be held in memory.")
+        self._engine_up = self._gauge("engine_up", "1 if the engine answers and makes progress.", "engine")
+        self._engine_tokens = self._gauge(
+            "engine_inflight_tokens", "Cost of the requests that this engine works on.", "engine"
+        )
+        self._keys = frozenset(key_names)
+        if self._keys:
+            self._key_requests = self._counter("key_requests", "Requests of a key, by outcome.", "key", "code")
+            self._key_tokens = self._counter("key_tokens", "Tokens of a key, by kind.", "key", "kind")
         self._make_series()
 
-    def watch_queue(self, depth: Callable[[], int]) -> None:
+    def watch_queue(self, depth: Callable[[], int], limit: int) -> None:
         """Read the queue's depth from here whenever metrics are requested."""
         self._queue_depth.set_function(depth)
+        self._queue_limit.set(limit)
 
-    def watch_engine(self, name: str, is_up: Callable[[], bool]) -> None:
-        """Read the engine's state from here whenever metrics are requested."""
+    def watch_inflight(self, tokens: Callable[[], int], limit: Callable[[], int]) -> None:
+        """Likewise, the cost of what is being worked on, and how much that may be."""
+        self._inflight_tokens.set_function(tokens)
+        self._inflight_limit.set_function(limit)
+
+    def watch_memory(self, num_bytes: Callable[[], int], limit: int) -> None:
+        """Likewise, the request data in memory."""
+        self._buffered.set_function(num_bytes)
+        self._buffered_limit.set(limit)
+
+    def watch_engine(self, name: str, is_up: Callable[[], bool], tokens: Callable[[], int]) -> None:
+        """Likewise, one engine's state and load."""
         self._engine_up.labels(name).set_function(is_up)
+        self._engine_tokens.labels(name).set_function(tokens)
 
     def observe(self, record: RequestRecord, *, is_work: bool) -> None:
         """Count a request that has ended."""
@@ -79,9 +110,9 @@ class Metrics:
         if not is_work:
             return
         if record.total_seconds is not None:
-            self._seconds.observe(record.total_seconds)
+            self._seconds.labels(record.budget_class).observe(record.total_seconds)
         if record.first_token_seconds is not None:
-            self._first_token.observe(record.first_token_seconds)
+            self._first_token.labels(record.budget_class).observe(record.first_token_seconds)
         if record.queue_seconds is not None:
             self._queue.observe(record.queue_seconds)
         for histogram, times in (
@@ -101,16 +132,29 @@ class Metrics:
             self._flops_saved.inc(record.prefill_flops_saved)
         if record.is_mismatch:
             self._mismatches.inc()
+        if record.key_name in self._keys:
+            self._observe_key(record.key_name, record)
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)
 
+    def _observe_key(self, key: str, record: RequestRecord) -> None:
+        self._key_requests.labels(key, str(record.status)).inc()
+        if record.engine_answered:
+            self._key_tokens.labels(key, "visual_kept").inc(record.kept)
+            self._key_tokens.labels(key, "visual_saved").inc(record.saved)
+        self._key_tokens.labels(key, "prompt").inc(record.prompt_tokens or 0)
+        self._key_tokens.labels(key, "completion").inc(record.completion_tokens or 0)
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"visiondrop_{name}", text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"visiondrop_{name}", text, buckets=_SECONDS, registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"visiondrop_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"visiondrop_{name}", text, labels, buckets=_SECONDS, registry=self.registry)
 
     def _make_series(self) -> None:
         for route in paths.WORK:
@@ -122,3 +166,10 @@ class Metrics:
         for counter in (self._images, self._full, self._kept, self._saved):
             for label in _IMAGE_CLASSES:
                 counter.labels(label)
+        for histogram in (self._seconds, self._first_token):
+            for label in CLASSES:
+                histogram.labels(label)
+        for key in self._keys:
+            self._key_requests.labels(key, "200")
+            for kind in _TOKEN_KINDS:
+                self._key_tokens.labels(key, kind)

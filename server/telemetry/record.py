@@ -125,6 +125,10 @@ class RequestRecord:
         return None if self.engine_usage is None else int(self.engine_usage.get("prompt_tokens") or 0)
 
     @property
+    def completion_tokens(self) -> int | None:
+        return None if self.engine_usage is None else self.engine_usage.get("completion_tokens")
+
+    @property
     def image_tokens(self) -> int:
         """Visual tokens in the prompt: as the engine counted them, else as planned."""
         reported = self._reported_image_tokens
@@ -191,7 +195,7 @@ class RequestRecord:
             "visual_tokens": self.visual_tokens(),
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-            "completion_tokens": usage.get("completion_tokens"),
+            "completion_tokens": self.completion_tokens,
             "image_fetch_seconds": _rounded(sum(self.image_fetch_seconds)),
             "image_decode_seconds": _rounded(sum(self.image_decode_seconds)),
             "queue_seconds": _rounded(self.queue_seconds),
