@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test clients check fix lock clean
+.PHONY: help setup demo serve test clients check fix dashboards lock clean
 
 PORT ?= 8000
 ARGS ?=
@@ -12,7 +12,7 @@ model := .cache/demo-model
 demo serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: ## Create .venv and install the pinned packages (most targets do this first)
 	@deploy/setup.sh
@@ -40,6 +40,9 @@ check: setup ## Check formatting, lint, types and the order of imports
 fix: setup ## Format, and fix what the linter can fix
 	@$(bin)/ruff format .
 	@$(bin)/ruff check --fix .
+
+dashboards: setup ## Write Grafana's dashboards anew from deploy/grafana/*.py
+	@$(bin)/python -m deploy.grafana
 
 lock: ## Update the pins within what pyproject.toml allows (then: make test)
 	@deploy/lock.sh

@@ -11,10 +11,9 @@ from typing import Final
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from deploy.grafana.frame import frame, with_row
-from deploy.grafana.panels import AnyPanel, Limits, Query, number, series
+from deploy.grafana.panels import NO_LIMIT, AnyPanel, Limits, Query, number, series
 from deploy.grafana.queries import mean, quantile, rate, ratio, select, total
 
-_NO_LIMIT: Final = Limits(1e15, 1e16)
 _KV: Final = "vllm:kv_cache_usage_perc"
 _STEPS: Final = "vllm:iteration_tokens_total"
 """A histogram of the tokens in a step, in spite of its name."""
@@ -48,7 +47,7 @@ def _now() -> list[AnyPanel]:
             f"max({select(_KV)})",
             limits=Limits(0.85, 0.97),
         ),
-        number("Running", "Requests in the batch.", "short", total("vllm:num_requests_running"), limits=_NO_LIMIT),
+        number("Running", "Requests in the batch.", "short", total("vllm:num_requests_running"), limits=NO_LIMIT),
         number(
             "Waiting",
             "Requests that wait inside vLLM. Should stay near 0, because the gateway's queue comes before it: if not, "
@@ -69,14 +68,14 @@ def _now() -> list[AnyPanel]:
             "Tokens a second, after pruning at the encoder.",
             "cps",
             rate("vllm:prompt_tokens_total"),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
         ),
         number(
             "Generated tokens",
             "Tokens a second.",
             "cps",
             rate("vllm:generation_tokens_total"),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
         ),
     ]
 
@@ -112,14 +111,14 @@ def _load() -> list[AnyPanel]:
             "cps",
             Query(rate("vllm:prompt_tokens_total"), "prompt"),
             Query(rate("vllm:generation_tokens_total"), "generated"),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
         ),
         series(
             "Requests finished by reason",
             "Requests a second: stop, length, abort (the client left), error.",
             "reqps",
             Query(rate("vllm:request_success_total", by="finished_reason"), "{{finished_reason}}"),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
             stacked=True,
         ),
         series(
@@ -140,7 +139,7 @@ def _caches() -> list[AnyPanel]:
             "Share of prompt tokens whose KV was found. With pruned images, hits end before the first pruned image.",
             "percentunit",
             Query(_hit_share("prefix", by=_BY), _NAME),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
             maximum=1,
             width=12,
         ),
@@ -149,7 +148,7 @@ def _caches() -> list[AnyPanel]:
             "Share of images whose preprocessing was found in vLLM's cache.",
             "percentunit",
             Query(_hit_share("mm", by=_BY), _NAME),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
             maximum=1,
             width=12,
         ),
@@ -163,14 +162,14 @@ def _time() -> list[AnyPanel]:
             "Steps of the model a second.",
             "ops",
             Query(rate(f"{_STEPS}_count", by=_BY), _NAME),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
         ),
         series(
             "Tokens in a step",
             "Mean number of tokens that a step processes.",
             "short",
             Query(mean(_STEPS, by=_BY), _NAME),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
         ),
         series(
             "Time of a decode step",

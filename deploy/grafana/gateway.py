@@ -7,7 +7,7 @@ from typing import Final
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from deploy.grafana.frame import frame, with_row
-from deploy.grafana.panels import AnyPanel, Limits, Query, number, series, states
+from deploy.grafana.panels import NO_LIMIT, AnyPanel, Limits, Query, number, series, states
 from deploy.grafana.queries import quantile, rate, ratio, select, total
 
 _REQUESTS: Final = "visiondrop_requests_total"
@@ -15,7 +15,6 @@ _WORK: Final = 'route=~"/v1/(chat/completions|completions|responses|visual_token
 """Without probes, metrics and unknown paths."""
 _FAILED: Final = 'code=~"500|502"'
 """Failures of gateway or engine. A 503 is a rejection, and has panels of its own."""
-_NO_LIMIT: Final = Limits(1e15, 1e16)
 _SATURATION: Final = Limits(0.8, 0.95)
 _ALERTS: Final = 'sum by (alertname, severity) (ALERTS{alertname=~"VisionDrop.*", alertstate="firing"})'
 _NUM_ALERTS: Final = 'count(ALERTS{alertname=~"VisionDrop.*", alertstate="firing"}) or vector(0)'
@@ -38,7 +37,7 @@ def gateway() -> Dashboard:
 
 def _now() -> list[AnyPanel]:
     return [
-        number("Requests", "Requests a second that ask for work.", "reqps", rate(_REQUESTS, _WORK), limits=_NO_LIMIT),
+        number("Requests", "Requests a second that ask for work.", "reqps", rate(_REQUESTS, _WORK), limits=NO_LIMIT),
         number(
             "Failed share",
             "Requests that failed in gateway or engine (500, 502), of all.",
@@ -88,7 +87,7 @@ def _traffic() -> list[AnyPanel]:
             "client that left.",
             "reqps",
             Query(f"{rate(_REQUESTS, _WORK, by='code')} > 0", "{{code}}"),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
             stacked=True,
         ),
         series(
@@ -96,7 +95,7 @@ def _traffic() -> list[AnyPanel]:
             "Requests a second.",
             "reqps",
             Query(f"{rate(_REQUESTS, _WORK, by='route')} > 0", "{{route}}"),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
             stacked=True,
         ),
         series(
@@ -156,7 +155,7 @@ def _saturation() -> list[AnyPanel]:
             "Requests a second. queue_full and queue_timeout: more load than the engines carry. memory_full: "
             "MAX_BUFFERED_BYTES. invalid_api_key: somebody guesses, or a key was removed.",
             "reqps",
-            Query(rate("visiondrop_rejections_total", by="reason"), "{{reason}}"),
+            Query(f"{rate('visiondrop_rejections_total', by='reason')} > 0", "{{reason}}"),
             limits=Limits(0.1, 1),
             stacked=True,
         ),
@@ -182,7 +181,7 @@ def _saturation() -> list[AnyPanel]:
             "short",
             Query(total("visiondrop_engine_inflight_tokens", by="instance, engine"), "{{instance}} engine {{engine}}"),
             Query(total("visiondrop_inflight_tokens_limit"), "limit of all"),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
         ),
         series(
             "Requests in the gateway",
@@ -244,7 +243,7 @@ def _keys() -> list[AnyPanel]:
             "Requests a second.",
             "reqps",
             Query(rate("visiondrop_key_requests_total", by="key"), "{{key}}"),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
             stacked=True,
         ),
         series(
@@ -259,6 +258,6 @@ def _keys() -> list[AnyPanel]:
             "Tokens a second: prompt (with kept visual tokens), completion, and visual tokens saved.",
             "cps",
             Query(rate("visiondrop_key_tokens_total", 'kind!="visual_kept"', by="key, kind"), "{{key}} {{kind}}"),
-            limits=_NO_LIMIT,
+            limits=NO_LIMIT,
         ),
     ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple, TypeAlias
+from string import ascii_uppercase
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from grafana_foundation_sdk.builders import common as common_builder
 from grafana_foundation_sdk.builders import dashboard as builder
@@ -12,9 +13,9 @@ from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, ThresholdsMode
 
 DATASOURCE: Final = DataSourceRef(type_val="prometheus", uid="${datasource}")
-COLUMNS: Final = 24
 
 AnyPanel: TypeAlias = timeseries.Panel | stat.Panel | statetimeline.Panel
+PanelT = TypeVar("PanelT", timeseries.Panel, stat.Panel, statetimeline.Panel)
 
 
 class Query(NamedTuple):
@@ -30,6 +31,10 @@ class Limits(NamedTuple):
     warning: float
     bad: float
     falling: bool = False
+
+
+NO_LIMIT: Final = Limits(1e15, 1e16)
+"""For amounts of which none is too much: the panel stays green."""
 
 
 def series(
@@ -104,18 +109,12 @@ def states(title: str, description: str, query: Query, *, width: int = 8) -> sta
     return _finish(panel, title, description, "short", [query], Limits(1, 0.5, falling=True))
 
 
-def row(title: str) -> builder.Row:
-    return builder.Row(title)
-
-
-def _finish(
-    panel: AnyPanel, title: str, description: str, unit: str, queries: Sequence[Query], limits: Limits
-) -> AnyPanel:
+def _finish(panel: PanelT, title: str, description: str, unit: str, queries: Sequence[Query], limits: Limits) -> PanelT:
     panel = (
         panel.title(title).description(description).unit(unit).datasource(DATASOURCE).thresholds(_thresholds(limits))
     )
-    for number_, (expr, legend) in enumerate(queries):
-        target = prometheus.Dataquery().expr(expr).legend_format(legend).range().ref_id(chr(ord("A") + number_))
+    for ref_id, (expr, legend) in zip(ascii_uppercase, queries, strict=False):
+        target = prometheus.Dataquery().expr(expr).legend_format(legend).range().ref_id(ref_id)
         panel = panel.with_target(target.datasource(DATASOURCE))
     return panel
 

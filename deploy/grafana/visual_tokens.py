@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from deploy.grafana.frame import frame, label, with_row
-from deploy.grafana.panels import Limits, Query, number, series
+from deploy.grafana.panels import NO_LIMIT, Limits, Query, number, series
 from deploy.grafana.queries import BUDGET_CLASS, increase, quantile, rate, ratio
 
 _FULL, _KEPT, _SAVED = (f"visiondrop_visual_tokens_{kind}_total" for kind in ("full", "kept", "saved"))
@@ -14,8 +14,6 @@ _FIRST_TOKEN = "visiondrop_time_to_first_token_seconds"
 _SECONDS = "visiondrop_request_seconds"
 
 _SAVING = Limits(0.5, 0.1, falling=True)
-_NO_LIMIT = Limits(1e15, 1e16)
-"""For amounts of which none is too much: the panel stays green."""
 _FIRST_TOKEN_LIMITS = Limits(1, 2.5)
 """2.5 s is also the objective of the alerts (deploy/prometheus/rules)."""
 _SECONDS_LIMITS = Limits(30, 120)
@@ -50,7 +48,7 @@ def visual_tokens() -> Dashboard:
                 "Visual tokens saved in the dashboard's time range.",
                 "short",
                 increase(_SAVED, BUDGET_CLASS),
-                limits=_NO_LIMIT,
+                limits=NO_LIMIT,
             ),
             number(
                 "Prefill FLOP/s saved",
@@ -58,21 +56,21 @@ def visual_tokens() -> Dashboard:
                 "stock model on the same prompts. All budget classes.",
                 "flops",
                 rate("visiondrop_prefill_flops_saved_total"),
-                limits=_NO_LIMIT,
+                limits=NO_LIMIT,
             ),
             number(
                 "Images",
                 "Images a second that an engine accepted.",
                 "cps",
                 rate(_IMAGES, BUDGET_CLASS),
-                limits=_NO_LIMIT,
+                limits=NO_LIMIT,
             ),
             number(
                 "Images in this range",
                 "Images accepted in the dashboard's time range.",
                 "short",
                 increase(_IMAGES, BUDGET_CLASS),
-                limits=_NO_LIMIT,
+                limits=NO_LIMIT,
             ),
             number(
                 "Schedule mismatches",
@@ -95,7 +93,7 @@ def visual_tokens() -> Dashboard:
                 "cps",
                 Query(rate(_FULL, BUDGET_CLASS), "full"),
                 Query(rate(_KEPT, BUDGET_CLASS), "kept"),
-                limits=_NO_LIMIT,
+                limits=NO_LIMIT,
             ),
             series(
                 "Saved share by budget class",
@@ -124,7 +122,7 @@ def visual_tokens() -> Dashboard:
                 "Images a second that an engine accepted.",
                 "cps",
                 Query(rate(_IMAGES, BUDGET_CLASS, by="budget_class"), "{{budget_class}}"),
-                limits=_NO_LIMIT,
+                limits=NO_LIMIT,
                 stacked=True,
             ),
             series(
@@ -132,7 +130,7 @@ def visual_tokens() -> Dashboard:
                 "Floating-point operations a second saved in the decoder's layers. All budget classes.",
                 "flops",
                 Query(rate("visiondrop_prefill_flops_saved_total"), "saved"),
-                limits=_NO_LIMIT,
+                limits=NO_LIMIT,
             ),
             series(
                 "Schedule mismatches",
