@@ -180,19 +180,17 @@ def _time() -> list[AnyPanel]:
         ),
         series(
             "Prefill",
-            "From a request's first step to its first token.",
+            "Mean time from a request's first step to its first token. (vLLM's buckets begin at 0.3 s, which is too "
+            "coarse for quantiles.)",
             "s",
-            *(
-                Query(quantile(share, "vllm:request_prefill_time_seconds"), f"p{100 * share:g}")
-                for share in (0.5, 0.95)
-            ),
+            Query(mean("vllm:request_prefill_time_seconds", by=_BY), _NAME),
             limits=Limits(0.5, 2),
         ),
         series(
             "Queue inside vLLM",
-            "From a request's arrival in the engine to its first step.",
+            "Mean time from a request's arrival in the engine to its first step.",
             "s",
-            *(Query(quantile(share, "vllm:request_queue_time_seconds"), f"p{100 * share:g}") for share in (0.5, 0.95)),
+            Query(mean("vllm:request_queue_time_seconds", by=_BY), _NAME),
             limits=Limits(0.5, 5),
         ),
         series(
