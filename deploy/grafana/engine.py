@@ -180,8 +180,8 @@ def _time() -> list[AnyPanel]:
         ),
         series(
             "Prefill",
-            "Mean time from a request's first step to its first token. (vLLM's buckets begin at 0.3 s, which is too "
-            "coarse for quantiles.)",
+            "Mean time from a request's first step to its first token; vLLM's buckets begin at 0.3 s, too coarse "
+            "for quantiles.",
             "s",
             Query(mean("vllm:request_prefill_time_seconds", by=_BY), _NAME),
             limits=Limits(0.5, 2),
