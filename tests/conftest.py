@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ENVIRONMENT = {
@@ -24,9 +25,17 @@ for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """vLLM and torch warn about themselves while an engine runs. Ours stay errors."""
+# A busy machine stops a process for longer than any example takes.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Images are built on request only. vLLM and torch warn about themselves while an engine runs; ours stay errors."""
+    builds_images = "images" in config.option.markexpr
     for item in items:
+        if item.get_closest_marker("images") and not builds_images:
+            item.add_marker(pytest.mark.skip(reason="builds images, which takes minutes: make images-test"))
         if item.get_closest_marker("engine"):
             item.add_marker(pytest.mark.filterwarnings("ignore:::(?!server|vd_plugin|tests)"))
 
