@@ -1,9 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test clients check fix dashboards lock clean
+.PHONY: help setup demo serve test clients check fix dashboards images images-test manifests lock clean
 
 PORT ?= 8000
 ARGS ?=
 WORKERS ?= 2
+TARGETS ?= gateway engine
 
 bin := .venv/bin
 model := .cache/demo-model
@@ -12,7 +13,7 @@ model := .cache/demo-model
 demo serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: ## Create .venv and install the pinned packages (most targets do this first)
 	@deploy/setup.sh
@@ -43,6 +44,15 @@ fix: setup ## Format, and fix what the linter can fix
 
 dashboards: setup ## Write Grafana's dashboards anew from deploy/grafana/*.py
 	@$(bin)/python -m deploy.grafana
+
+images: ## Build container images with docker, podman or buildah (TARGETS="gateway engine engine-cpu")
+	@deploy/images.sh $(TARGETS)
+
+images-test: setup ## Build and run the images gateway and engine-cpu, and docker-compose.yml with them
+	@$(bin)/python -m pytest -m images -s -rA tests/images $(ARGS)
+
+manifests: setup ## Write Prometheus' rules for Kubernetes anew from deploy/prometheus/rules
+	@$(bin)/python -m deploy.kubernetes
 
 lock: ## Update the pins within what pyproject.toml allows (then: make test)
 	@deploy/lock.sh

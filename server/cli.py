@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -33,13 +34,20 @@ _RESERVED_OPTIONS: Final = {
 }
 """vLLM options that may not stand after `--`, and why."""
 
+_TOOLS: Final = {
+    "plan": "compute how many images and tokens an engine will hold, and the settings to use",
+    "explain": "draw which patches of an image every stage keeps",
+}
+"""Commands of the plugin, and what they are for."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 after a clean stop, 1 for a failure, 2 for wrong usage."""
     arguments, engine_options = _split_engine_options(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["explain"]:
-        # Runs an engine in its own process, with all that this package does not import.
-        return subprocess.run([sys.executable, "-m", "vd_plugin.tools.explain", *arguments[1:]], check=False).returncode
+    if arguments and arguments[0] in _TOOLS:
+        # In a process of its own, with all that this package does not import.
+        command = [sys.executable, "-m", f"vd_plugin.tools.{arguments[0]}", *arguments[1:]]
+        return subprocess.run(command, check=False).returncode
     parser = _make_parser(with_demo=arguments[:1] == ["demo"])
     options = parser.parse_args(arguments)
     options.engine_options = engine_options
@@ -92,7 +100,8 @@ def _make_parser(*, with_demo: bool) -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="start an engine and serve it", usage=_SERVE_USAGE))
     _add_gateway(commands.add_parser("gateway", help="serve engines that run elsewhere"))
     _add_demo(commands.add_parser("demo", help="serve a model, ask it about an image, show the savings"), with_demo)
-    commands.add_parser("explain", help="draw which patches of an image every stage keeps", add_help=False)
+    for name, purpose in _TOOLS.items():
+        commands.add_parser(name, help=purpose, add_help=False)
     return parser
 
 
@@ -125,10 +134,12 @@ def _add_gateway(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _SETTINGS_NOTE
     parser.add_argument(
         "--engine",
-        required=True,
+        required=not os.environ.get("VISIONDROP_ENGINES"),
         action="append",
         metavar="URL",
-        help="where an engine is: http://HOST:PORT or unix:/PATH; more than once for several that serve the same model",
+        dest="engines",
+        help="where an engine is: http://HOST:PORT or unix:/PATH; more than once for several that serve the same model "
+        "(default: those of VISIONDROP_ENGINES, separated by commas)",
     )
     _add_server_options(parser)
     parser.set_defaults(run=_gateway)
@@ -207,8 +218,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _gateway(options: argparse.Namespace) -> int:
     settings = _read_settings(options)
+    if not settings.engines:
+        raise SettingsError("no engine is given: name one with --engine URL, or in VISIONDROP_ENGINES")
     _configure_logging()
-    run_gateway(settings, Address(options.host, options.port), options.engine)
+    run_gateway(settings, Address(options.host, options.port), settings.engines)
     return 0
 
 

@@ -83,6 +83,8 @@ class Settings(BaseSettings):
 
     # Engines
 
+    engines: Annotated[tuple[str, ...], NoDecode] = ()
+    """Where the engines of `visiondrop gateway` are, comma-separated: http://HOST:PORT or unix:/PATH."""
     engine_start_timeout_seconds: float = Field(1800.0, gt=0)
     engine_probe_seconds: float = Field(2.0, gt=0)
     """Between two probes of an engine."""
@@ -116,9 +118,14 @@ class Settings(BaseSettings):
             )
         return self
 
-    @field_validator("fetch_hosts", mode="before")
+    @field_validator("engines", "fetch_hosts", mode="before")
     @classmethod
-    def _split_hosts(cls, value: Any) -> Any:
+    def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return tuple(host.strip().lower() for host in value.split(",") if host.strip())
+            return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("fetch_hosts")
+    @classmethod
+    def _lower_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(host.lower() for host in value)

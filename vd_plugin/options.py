@@ -122,24 +122,34 @@ def read_geometry(hf_config: Any) -> Geometry:
     )
 
 
-def _read_model_type(model: str, overrides: Mapping[str, Any]) -> str:
-    from transformers import AutoConfig
+def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The Hugging Face configuration of a checkpoint, a folder or a model id.
 
+    Raises:
+        ValueError: no such checkpoint.
+        ImportError: transformers is not installed.
+    """
     folder = Path(model)
     looks_local = folder.is_absolute() or model.startswith((".", "~"))
     if looks_local and not folder.is_dir():
         raise ValueError(f"no such model folder: {model}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{model} is not a checkpoint: it holds no config.json")
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.from_pretrained(
-            model, revision=overrides.get("revision"), trust_remote_code=overrides.get("trust_remote_code", False)
-        )
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise ValueError(
             f"cannot read a model configuration from {model!r}, neither as a folder nor as a model id ({reason})"
         ) from error
+
+
+def _read_model_type(model: str, overrides: Mapping[str, Any]) -> str:
+    config = load_config(
+        model, revision=overrides.get("revision"), trust_remote_code=overrides.get("trust_remote_code", False)
+    )
     model_type = str(config.model_type)
     if model_type not in ARCHITECTURES:
         raise ValueError(f"{model} is a {model_type!r} checkpoint; VisionDrop serves {' and '.join(ARCHITECTURES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import published_configs
 import pytest
 
 from server import cli
@@ -56,9 +58,23 @@ def test_gateway_needs_an_engine_and_takes_several(
     served: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("gateway", "--engine", "unix:/a", "--engine", "http://b:1") == 0
-    assert served == [(Settings(), Address("127.0.0.1", 8000), ["unix:/a", "http://b:1"])]
+    urls = ("unix:/a", "http://b:1")
+    assert served == [(Settings(engines=urls), Address("127.0.0.1", 8000), urls)]
     assert run("gateway") == 2
     assert "--engine" in capsys.readouterr().err
+
+
+def test_gateway_takes_engines_from_the_environment(
+    served: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VISIONDROP_ENGINES", "http://a:1, http://B:2")
+    assert run("gateway") == 0
+    assert served.pop()[2] == ("http://a:1", "http://B:2")
+    assert run("gateway", "--engine", "unix:/c") == 0
+    assert served.pop()[2] == ("unix:/c",), "the command line wins"
+    monkeypatch.setenv("VISIONDROP_ENGINES", " , ")
+    assert run("gateway") == 1
+    assert "no engine is given" in capsys.readouterr().err
 
 
 def test_environment_sets_defaults_and_the_command_line_wins(
@@ -165,7 +181,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("visiondrop ")
 
 
-def test_explain_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tool", ["explain", "plan"])
+def test_tools_run_in_a_process_of_their_own(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
     def run_command(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
@@ -173,8 +190,25 @@ def test_explain_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -
         return subprocess.CompletedProcess(command, 2)
 
     monkeypatch.setattr(subprocess, "run", run_command)
-    assert run("explain", "picture.png", "--budget", "low") == 2
-    assert commands == [[sys.executable, "-m", "vd_plugin.tools.explain", "picture.png", "--budget", "low"]]
+    assert run(tool, "image.png", "--budget", "low") == 2
+    assert commands == [[sys.executable, "-m", f"vd_plugin.tools.{tool}", "image.png", "--budget", "low"]]
+
+
+@pytest.mark.parametrize(("gib", "status"), [("80", 0), ("14", 1), ("much", 2)])
+def test_plan_answers_with_the_status_of_the_plan(
+    gib: str, status: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(published_configs.VICUNA_7B))
+    assert run("plan", str(tmp_path), "--gpu-memory", gib) == status
+    out, err = capfd.readouterr()
+    assert out.count("VISIONDROP_MAX_INFLIGHT_TOKENS=") == (status == 0)
+    assert err.count("visiondrop: error: ") == (status != 0)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--help")
+    out = capsys.readouterr().out
+    assert all(f"    {command} " in out for command in ("serve", "gateway", "demo", "plan", "explain"))
 
 
 def test_odd_images_write_nothing_and_are_not_remembered(tmp_path: Path) -> None:
