@@ -301,6 +301,6 @@ class StagedModelState(DefaultModelState):
         return [groups if group_id in mine else [] for group_id, groups in enumerate(attn_groups)]
 
     def _log_capacity(self, kv_cache_config: KVCacheConfig) -> None:
-        from vd_plugin.kv_capacity import describe_capacity
+        from vd_plugin.kv_capacity import KVCapacity, describe_capacity
 
-        logger.info_once(describe_capacity(self.model.geometry, kv_cache_config))
+        logger.info_once(describe_capacity(self.model.geometry, KVCapacity.of_engine(kv_cache_config)))
