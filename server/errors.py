@@ -16,6 +16,7 @@ GatewayError
   EngineFailedError           the engine answered with a failure of its own, or stopped answering
   EngineMismatchError         the engine computes budgets differently, or has no VisionDrop at all
   EngineUnreachableError      nothing listens where the engine should be
+  EngineDrainingError         the engine is being stopped, and takes no more requests
   ClientDisconnectedError     nobody waits for the answer any more; never seen on the wire
   InternalError               a defect of the gateway
 
@@ -177,6 +178,10 @@ class EngineUnreachableError(_NoEngineError):
     own_code = "engine_unreachable"
 
 
+class EngineDrainingError(_NoEngineError):
+    own_code = "engine_draining"
+
+
 class ClientDisconnectedError(GatewayError): ...
 
 
@@ -216,6 +221,7 @@ _TABLE: Final[Mapping[type[GatewayError], _Row]] = {
     EngineFailedError: _Row(502, "engine_error"),
     EngineMismatchError: _Row(503, "engine_error"),
     EngineUnreachableError: _Row(503, "engine_error"),
+    EngineDrainingError: _Row(503, "engine_error"),
     # nginx's number for a client that went away; it reaches logs and metrics only.
     ClientDisconnectedError: _Row(499, "client_disconnected"),
     InternalError: _Row(500, "server_error"),

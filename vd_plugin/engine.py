@@ -58,7 +58,14 @@ def _serve(model: str, options: list[str]) -> None:
         args.trust_request_mm_kwargs = True
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    uvloop.run(run_server(args))
+    if args.headless:
+        # A further node of an engine that spans several: workers, and no HTTP server.
+        from vllm.entrypoints.cli.serve import run_headless
+
+        args.api_server_count = 0
+        run_headless(args)
+    else:
+        uvloop.run(run_server(args))
 
 
 def _be_modest(options: list[str]) -> list[str]:

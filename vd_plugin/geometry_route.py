@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
 
+from vd_plugin.drain import DrainMiddleware
 from vd_plugin.options import ARCHITECTURES, read_geometry
 from vd_plugin.validation import check_server
 from vd_plugin.wire import GEOMETRY_PATH
@@ -27,6 +28,8 @@ class GeometryRoute:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        app.add_middleware(DrainMiddleware)
+
         @app.get(GEOMETRY_PATH)
         async def geometry(request: Request) -> dict[str, Any]:
             answer: dict[str, Any] | None = request.app.state.visiondrop_geometry

@@ -13,6 +13,9 @@ BUDGET_KEY: Final = "visual_token_budget"
 GEOMETRY_PATH: Final = "/visiondrop/geometry"
 """The engine's route that reports how it counts tokens."""
 
+DRAINING: Final = "engine_draining"
+"""The `type` of the 503 with which an engine that was asked to stop answers /health and refuses requests."""
+
 ERROR_PREFIX: Final = "visiondrop: error: "
 """How a program of ours begins the sentence that it leaves behind when its input is bad."""
 

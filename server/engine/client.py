@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 import httpx
 
 from server.errors import (
+    EngineDrainingError,
     EngineFailedError,
     EngineMismatchError,
     EngineUnreachableError,
@@ -19,7 +20,7 @@ from server.errors import (
     UnknownModelError,
 )
 from vd_plugin.schedule import RULE_VERSION, Geometry
-from vd_plugin.wire import GEOMETRY_PATH
+from vd_plugin.wire import DRAINING, GEOMETRY_PATH
 
 _PROBE_SECONDS: Final = 3.0
 _ANSWER_TIMEOUT: Final = httpx.Timeout(None, connect=5.0)
@@ -117,16 +118,27 @@ class HttpEngineClient:
         return entries
 
     async def is_healthy(self) -> bool:
-        return await self.probe_health() is True
+        try:
+            return await self.probe_health() is True
+        except EngineDrainingError:
+            return False
 
     async def probe_health(self) -> bool | None:
-        """What the engine reports of itself; None if it accepts the request and gives no usable answer."""
+        """What the engine reports of itself; None if it accepts the request and gives no usable answer.
+
+        Raises:
+            EngineDrainingError: it is being stopped.
+        """
         try:
-            return (await self._get("/health")).status_code == 200
+            response = await self._get("/health")
         except EngineUnreachableError:
             return False
         except GatewayError:
             return None
+        if response.status_code != 200 and isinstance(error := _refusal(response), EngineDrainingError):
+            self._geometry = None  # what comes back may be another engine
+            raise error
+        return response.status_code == 200
 
     async def complete(self, call: EngineCall) -> dict[str, Any]:
         """Ask for a whole answer: the engine's response body."""
@@ -135,7 +147,9 @@ class HttpEngineClient:
             await _read(response)
         finally:
             await response.aclose()
-        return _json_object(response)
+        answer = _json_object(response)
+        check_complete(answer)
+        return answer
 
     async def open_stream(self, call: EngineCall) -> EventSource:
         """Ask for a streamed answer; returns once the engine has accepted the request."""
@@ -238,10 +252,13 @@ def _refusal(response: httpx.Response) -> GatewayError:
 def error_from_engine(status: int, body: object, retry_after_seconds: float | None = None) -> GatewayError:
     """Turn the engine's error object (`{"error": {...}}`, or the inner object alone) into ours.
 
-    401 and 403 are between gateway and engine, not the client's fault. 503 is vLLM's word for a full queue.
+    401 and 403 are between gateway and engine, not the client's fault. 503 is vLLM's word for a full queue, unless our
+    plugin says that the engine is being stopped (vd_plugin/drain.py).
     """
     error = body.get("error", body) if isinstance(body, Mapping) else {}
     error = error if isinstance(error, Mapping) else {}
+    if status == 503 and error.get("type") == DRAINING:
+        return EngineDrainingError("the engine is shutting down; try again later")
     if status == 503:
         overload = OverloadedError("the engine is overloaded; try again later", reason="engine_overloaded")
         if retry_after_seconds is not None:  # vLLM does not say
@@ -259,6 +276,17 @@ def error_from_engine(status: int, body: object, retry_after_seconds: float | No
         param=param if isinstance(param, str) else None,
         code=code if isinstance(code, str) else None,
     )
+
+
+def check_complete(answer: Mapping[str, Any]) -> None:
+    """Look at the choices of an answer, or of one of its events.
+
+    Raises:
+        EngineFailedError: one was cut off. A vLLM that is stopped may end with `abort` what runs or has just come, and
+            that would pass for an answer.
+    """
+    if any(choice.get("finish_reason") == "abort" for choice in answer.get("choices") or ()):
+        raise EngineFailedError("the engine was stopped before the answer was complete", code="engine_failed")
 
 
 def _without_traceback(message: str) -> str:

@@ -29,7 +29,13 @@ from enum import Enum
 from typing import Final
 
 from server.engine.client import EngineCall, HttpEngineClient
-from server.errors import EngineMismatchError, EngineUnreachableError, GatewayError, RelayedError
+from server.errors import (
+    EngineDrainingError,
+    EngineMismatchError,
+    EngineUnreachableError,
+    GatewayError,
+    RelayedError,
+)
 from server.settings import Settings
 from vd_plugin.schedule import Geometry
 
@@ -58,6 +64,7 @@ class EngineState(Enum):
 
     STARTING = "starting"  # has not been up yet
     UP = "up"
+    DRAINING = "draining"  # is being stopped: ends what it has, and takes nothing more
     STALLED = "stalled"  # answers, but makes no progress
     DOWN = "down"  # refuses connections, or reports itself dead
     MISMATCH = "mismatch"  # computes budgets differently
@@ -68,6 +75,7 @@ class Signs:
     """What has been seen of an engine. Times are those of a monotonic clock, in seconds."""
 
     answers: bool = False
+    is_draining: bool = False
     fits: bool | None = None
     was_up: bool = False
     progress_at: float = 0.0
@@ -75,6 +83,8 @@ class Signs:
 
 def state_of(signs: Signs, now: float, stall_seconds: float) -> EngineState:
     """The state that follows from the signs; the first reason against an engine counts."""
+    if signs.is_draining:
+        return EngineState.DRAINING
     if not signs.answers or signs.fits is None:
         return EngineState.DOWN if signs.was_up else EngineState.STARTING
     if not signs.fits:
@@ -133,7 +143,12 @@ class EngineMonitor:
 
     def mark_unreachable(self) -> None:
         """A connection to the engine was refused."""
-        self._signs.answers, self._signs.fits = False, None
+        self._signs.answers, self._signs.is_draining, self._signs.fits = False, False, None
+        self._report()
+
+    def mark_draining(self) -> None:
+        """The engine says that it is being stopped."""
+        self._signs.is_draining, self._signs.fits = True, None
         self._report()
 
     async def run(self) -> None:
@@ -165,13 +180,17 @@ class EngineMonitor:
         self._report()
 
     async def _ask(self) -> None:
-        answers = await self._client.probe_health()
+        try:
+            answers = await self._client.probe_health()
+        except EngineDrainingError:
+            self.mark_draining()
+            return
         if answers is None:
             return
         if not answers:
             self.mark_unreachable()
             return
-        self._signs.answers = True
+        self._signs.answers, self._signs.is_draining = True, False
         try:
             geometry = await self._client.geometry()  # asked for again only after the engine was away
             reference = self._reference()
@@ -192,10 +211,12 @@ class EngineMonitor:
 
     async def _seek_progress(self) -> None:
         """Send a canary, or read the counters if it is late; neither while there are other signs."""
-        if not (self._signs.answers and self._signs.fits):
-            return
         now = time.monotonic()
         quiet_seconds = now - self._signs.progress_at
+        if self._signs.is_draining and quiet_seconds >= self._interval:
+            await self._read_counters()  # it refuses canaries
+        if not (self._signs.answers and self._signs.fits):
+            return
         since_canary = now - self._canary_at
         is_pending = self._canary is not None and not self._canary.done()
         is_unanswered = is_pending or self._canary_at > self._signs.progress_at  # an overloaded engine refuses it
@@ -255,6 +276,8 @@ class EngineMonitor:
         match state:
             case EngineState.UP:
                 return "is up"
+            case EngineState.DRAINING:
+                return "is shutting down"
             case EngineState.STALLED:
                 return f"is stalled: no sign of progress for {self._stall_seconds:g} s"
             case EngineState.MISMATCH:

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 from server.engine.client import EngineCall, EventSource, HttpEngineClient
 from server.engine.monitor import EngineMonitor, EngineState
 from server.errors import (
+    EngineDrainingError,
     EngineFailedError,
     EngineMismatchError,
     EngineUnreachableError,
@@ -174,6 +175,8 @@ class EnginePool:
                 return await ask(engine)
             except EngineUnreachableError:
                 engine.monitor.mark_unreachable()
+            except EngineDrainingError:
+                engine.monitor.mark_draining()
             except OverloadedError as error:
                 overload = error
         raise overload or self.refusal()
@@ -273,7 +276,7 @@ class _Engine:
         return _Wait(self._waits)
 
     def _on_change(self) -> None:
-        if self.monitor.state is EngineState.DOWN:
+        if self.monitor.state in (EngineState.DRAINING, EngineState.DOWN):
             self._images.clear()  # its caches are gone with it
         self._pool.notify_change()
 

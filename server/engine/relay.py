@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
-from server.engine.client import EventSource, error_from_engine
+from server.engine.client import EventSource, check_complete, error_from_engine
 from server.engine.dispatch import AnswerShape
 from server.errors import EngineFailedError, GatewayError, error_event
 from server.telemetry.record import RequestRecord
@@ -43,6 +43,7 @@ def _relay_chunk(data: bytes, record: RequestRecord, include_usage: bool) -> byt
         GatewayError: it is an error object, or cannot be read.
     """
     chunk = read_event(data)
+    check_complete(chunk)
     if _has_text(chunk):
         record.mark_token()
     if not chunk.get("usage"):

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from vd_plugin.schedule import RULE_VERSION, DecoderShape, Geometry, resolve
+from vd_plugin.wire import DRAINING
 
 MODEL = "fake-llava"
 WORDS = ("A ", "red\u2028", "square.")
@@ -55,6 +56,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.num_canaries = 0
+        self.num_refused = 0
         self.canary_refusal: tuple[int, Any] | None = None
         self.num_steps = 0
         self.steps_while_stalled = False
@@ -66,11 +68,13 @@ class FakeEngine:
         self.break_after: int | None = None
         self.error_after: tuple[int, dict[str, Any]] | None = None
         self.end_after: int | None = None
+        self.abort_after: int | None = None
         self.hold = False
         self.hold_before_answer = False
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
         self.is_up = True
+        self.is_draining = False
         self.extra_image_tokens = 0
         self.reports_details = True
         self.decodes = True
@@ -79,6 +83,11 @@ class FakeEngine:
     @property
     def bodies(self) -> list[dict[str, Any]]:
         return [body for _, body in self.calls]
+
+    @property
+    def _reason(self) -> str:
+        """As vLLM may end what runs when it is stopped: as if nothing were amiss."""
+        return "stop" if self.abort_after is None else "abort"
 
     @property
     def is_stalled(self) -> bool:
@@ -101,7 +110,11 @@ class FakeEngine:
                     return
         reply = _Reply(send)
         path = scope["path"]
-        if path == "/health":
+        if self.is_draining and (path == "/health" or scope["method"] == "POST"):
+            await _read(receive)
+            self.num_refused += path != "/health"
+            await reply.json(503, {"error": {"message": "the engine is shutting down", "type": DRAINING, "code": 503}})
+        elif path == "/health":
             await reply.json(200 if self.is_up else 503, {})
         elif path == "/v1/models":
             await reply.json(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "root": "/secret"}]})
@@ -136,7 +149,11 @@ class FakeEngine:
             await self._step(receive)
         usage = self._usage(body)
         if not body.get("stream"):
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "".join(WORDS)}}
+            choice = {
+                "index": 0,
+                "finish_reason": self._reason,
+                "message": {"role": "assistant", "content": "".join(WORDS)},
+            }
             await reply.json(200, {**_head("chat.completion"), "choices": [choice], "usage": usage})
             return
         events: list[dict[str, Any]] = []
@@ -164,7 +181,7 @@ class FakeEngine:
         head = _head("text_completion")
         if not body.get("stream"):
             choices = [
-                {"index": place, "text": "a b", "finish_reason": "stop"} for place in range(int(body.get("n", 1)))
+                {"index": place, "text": "a b", "finish_reason": self._reason} for place in range(int(body.get("n", 1)))
             ]
             await reply.json(200, {**head, "choices": choices, "usage": usage})
             return
@@ -208,7 +225,11 @@ class FakeEngine:
             if self.end_after == number or (self.error_after is not None and self.error_after[0] == number):
                 await reply.end()
                 return False
+            if self.abort_after == number:
+                event["choices"][0]["finish_reason"] = "abort"
             await reply.event(event, event.get("type"))
+            if self.abort_after == number:
+                return True
             if self.hold:
                 await self._hold(receive)
         return True

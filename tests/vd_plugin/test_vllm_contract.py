@@ -106,6 +106,7 @@ SIGNATURES = {
     "vllm.entrypoints.launchers.cli_args:make_arg_parser": ["parser"],
     "vllm.entrypoints.launchers.cli_args:validate_parsed_serve_args": ["args"],
     "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": [],
+    "vllm.entrypoints.cli.serve:run_headless": ["args"],
     "vllm.logger:configure_logging_from_args": ["args"],
 }
 
@@ -153,13 +154,15 @@ NAMES = [
 FLAGS = [
     "enable_prompt_tokens_details",
     "enable_scale_out",
+    "headless",
     "hf_overrides",
     "host",
+    "shutdown_timeout",
     "tokens_only",
     "trust_request_mm_kwargs",
     "uds",
 ]
-"""Of vLLM's server, which engine.py reads or sets."""
+"""Of vLLM's server, which engine.py and drain.py read or set."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,6 +194,17 @@ def test_the_server_has_the_flags() -> None:
     parser = _find("vllm.entrypoints.launchers.cli_args:make_arg_parser")(parser)
     arguments = parser.parse_args(["--model", "any"])
     assert not [flag for flag in FLAGS if not hasattr(arguments, flag)]
+
+
+def test_signals_are_taken_and_the_server_is_known_when_the_app_starts() -> None:
+    """drain.py takes the signals over in the app's start-up, and ends the server that it finds there."""
+    build = inspect.getsource(_find("vllm.entrypoints.launchers.app:build_app"))
+    assert "app.state.args = args" in build
+    source = inspect.getsource(_find("vllm.entrypoints.launchers.launcher:serve_http"))
+    known, begins = source.index("app.state.server = server"), source.index("loop.create_task(server.serve(")
+    taken = source.index("loop.add_signal_handler(signal.SIGTERM")
+    assert known < begins < taken
+    assert "await" not in source[begins:taken], "the server's task does not run before that"
 
 
 @pytest.mark.engine

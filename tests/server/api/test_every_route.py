@@ -96,6 +96,19 @@ async def test_failure_in_mid_stream_is_the_last_event(
     assert await count_of(client, route, status) == 1
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+async def test_answer_that_a_stopped_engine_cut_off_does_not_pass_for_one(
+    client: httpx.AsyncClient, engine: FakeEngine, route: str
+) -> None:
+    engine.abort_after = 1
+    assert_error(await client.post(route, json=BODIES[route]), 502, None, "stopped before the answer was complete")
+    async with client.stream("POST", route, json={**BODIES[route], "stream": True}) as response:
+        first, last = await events_of(response)
+    assert "error" not in first
+    assert "stopped before the answer was complete" in last["error"]["message"]
+    assert await count_of(client, route, 502) == 2
+
+
 @every_route
 @pytest.mark.parametrize("moment", ["mid_stream", "before_stream", "whole_answer"])
 async def test_client_that_goes_away_frees_the_engine_at_once(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from asgi_transport import AsgiTransport
+from fake_engine import FakeEngine
 
 from server.engine.client import EngineCall, HttpEngineClient
-from server.errors import OverloadedError
+from server.errors import EngineDrainingError, EngineMismatchError, OverloadedError
 
 pytestmark = pytest.mark.anyio
 
@@ -45,6 +47,24 @@ async def test_health_that_is_not_told_is_not_known(answer: httpx.Response | Exc
     client = HttpEngineClient(httpx.MockTransport(reply))
     assert await client.probe_health() is healthy
     assert await client.is_healthy() is (healthy is True)
+    await client.aclose()
+
+
+async def test_engine_that_is_being_stopped_is_told_from_a_dead_and_from_a_busy_one(engine: FakeEngine) -> None:
+    client = HttpEngineClient(AsgiTransport(engine))
+    await client.geometry()
+    engine.is_draining = True
+    with pytest.raises(EngineDrainingError):
+        await client.probe_health()
+    assert not await client.is_healthy()
+    for ask in (client.complete, client.open_stream):
+        with pytest.raises(EngineDrainingError) as error:
+            await ask(EngineCall("/v1/chat/completions", b"{}", "req-1"))
+        assert (error.value.status, error.value.reason, error.value.code) == (503, "engine_down", "engine_draining")
+        assert int(error.value.headers()["Retry-After"]) >= 1
+    engine.geometry = None
+    with pytest.raises(EngineMismatchError):
+        await client.geometry()  # what comes back may be another engine
     await client.aclose()
 
 

@@ -35,6 +35,7 @@ NOT_FOUND = (404, {"detail": "Not Found"})
         (Signs(answers=True, fits=None, was_up=True, progress_at=99.0), EngineState.DOWN),
         (Signs(answers=False, fits=True, was_up=True, progress_at=99.0), EngineState.DOWN),
         (Signs(answers=False, fits=False, was_up=True, progress_at=0.0), EngineState.DOWN),
+        (Signs(answers=True, is_draining=True, fits=None, was_up=True, progress_at=0.0), EngineState.DRAINING),
     ],
 )
 def test_state_follows_from_the_signs(signs: Signs, state: EngineState) -> None:

@@ -203,6 +203,63 @@ async def test_overloaded_engine_is_passed_over_and_503_is_not_502() -> None:
         assert pool.capacity == 2 * Settings().max_inflight_tokens
 
 
+async def test_engine_that_is_being_stopped_is_passed_over_and_asked_no_more() -> None:
+    engines = [FakeEngine() for _ in range(2)]
+    pool = make_pool(Settings(engine_probe_seconds=60), *map(Wire, engines))
+    told: list[int] = []
+    async with running(pool):
+        pool.on_capacity_change = lambda: told.append(pool.capacity // Settings().max_inflight_tokens)
+        await asyncio.sleep(0.1)  # the first probes
+        engines[0].is_draining = True
+        for _ in range(4):
+            await pool.complete(chat())
+            await read(await pool.open_stream(chat(stream=True)))
+        assert engines[0].num_refused == 1, "its refusal is enough, without a probe"
+        assert pool.state("0") is EngineState.DRAINING
+        assert told == [1]
+        assert len(engines[1].bodies) == 8
+        engines[1].is_draining = True
+        with pytest.raises(EngineUnreachableError, match="no engine is ready"):
+            await pool.complete(chat())
+        assert costs(pool) == [0, 0]
+
+
+async def test_engine_that_is_being_stopped_ends_its_answers_however_long_they_take() -> None:
+    """It refuses canaries, so its counters alone show that it makes progress."""
+    engines = [FakeEngine() for _ in range(2)]
+    pool = make_pool(FAST, *map(Wire, engines))
+    async with running(pool):
+        engines[0].is_stalled = engines[1].is_stalled = True
+        answers = [asyncio.ensure_future(pool.complete(chat(cost=1))) for _ in range(2)]
+        await until(lambda: all(engine.bodies for engine in engines))
+        for engine in engines:
+            engine.is_draining = True
+        engines[0].steps_while_stalled = True
+        await until(lambda: pool.state("0") is EngineState.DRAINING)
+        bound = LOST_FACTOR * FAST.engine_stall_seconds
+        await asyncio.sleep(1.5 * bound)
+        assert not answers[0].done()
+        assert isinstance(answers[1].exception(), EngineFailedError), "one that hangs is given up, draining or not"
+        engines[0].is_stalled = False
+        assert (await answers[0])["choices"]
+
+
+@pytest.mark.parametrize("was_seen_down", [True, False])
+async def test_engine_that_comes_back_after_a_drain_gets_work_again(was_seen_down: bool) -> None:
+    engine = FakeEngine()
+    wire = Wire(engine)
+    pool = make_pool(FAST, wire)
+    async with running(pool):
+        engine.is_draining = True
+        await until(lambda: pool.state("0") is EngineState.DRAINING)
+        if was_seen_down:
+            wire.is_cut = True
+            await until(lambda: pool.state("0") is EngineState.DOWN)
+        wire.is_cut = engine.is_draining = False
+        await until(lambda: pool.is_up("0"))
+        await pool.complete(chat())
+
+
 async def test_refusals_and_failures_are_not_tried_twice() -> None:
     engines = [FakeEngine() for _ in range(2)]
     pool = make_pool(Settings(), *map(Wire, engines))
