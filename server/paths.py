@@ -15,6 +15,7 @@ MODEL: Final = "/v1/models/{model:path}"
 HEALTH: Final = "/health"
 READY: Final = "/ready"
 METRICS: Final = "/metrics"
+ENGINES: Final = "/metrics/engines"
 ENGINE_METRICS: Final = "/metrics/engine/{engine}"
 OPENAPI: Final = "/openapi.json"
 

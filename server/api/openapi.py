@@ -126,6 +126,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("get", paths.HEALTH): Operation("Whether the server lives", answers.Health, _OPEN, needs_key=False),
     ("get", paths.READY): Operation("Whether the engine makes progress", answers.Ready, (*_LOOKING,)),
     ("get", paths.METRICS): Operation("Metrics in Prometheus's text format", None, _LOOKING),
+    ("get", paths.ENGINES): Operation("The engines, as targets for Prometheus to discover", answers.Engines, _LOOKING),
     ("get", paths.ENGINE_METRICS): Operation(
         "An engine's own metrics in Prometheus's text format", None, (*_LOOKING, 404), parameter="engine"
     ),

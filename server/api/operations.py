@@ -38,13 +38,21 @@ def probe_routes(engines: EnginePool, drain: Drain) -> APIRouter:
 
 
 def metric_routes(engines: EnginePool, metrics: Metrics) -> APIRouter:
-    """GET /metrics, ours; GET /metrics/engine/NAME, vLLM's own, for engines that only the gateway can reach."""
+    """GET /metrics, ours; GET /metrics/engine/NAME, vLLM's own, for engines that only the gateway can reach.
+
+    GET /metrics/engines lists the names, in the form of Prometheus' HTTP service discovery.
+    """
     router = APIRouter()
 
     @router.get(paths.METRICS)
     async def gateway_metrics() -> Response:
         """The gateway's metrics."""
         return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @router.get(paths.ENGINES)
+    async def engine_targets() -> list[dict[str, Any]]:
+        """The engines by name; Prometheus' configuration makes an address and a path of each."""
+        return [{"targets": list(engines.names), "labels": {}}]
 
     @router.get(paths.ENGINE_METRICS)
     async def engine_metrics(engine: str) -> Response:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from server.budget import BudgetField
 from vd_plugin.schedule import Budget
@@ -199,6 +199,15 @@ class Health(_Passed):
 
 class Ready(_Passed):
     status: Literal["ready"]
+
+
+class Engines(RootModel[list["EngineTargets"]]):
+    """What Prometheus expects of an HTTP service discovery."""
+
+
+class EngineTargets(_Passed):
+    targets: list[str] = Field(description="Names of engines.", examples=[["0", "1"]])
+    labels: dict[str, str]
 
 
 class Document(_Passed):

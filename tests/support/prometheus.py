@@ -75,7 +75,7 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(folder: Path, metrics_address: str, engines: int = 1) -> Iterator[Prometheus]:
+def prometheus(folder: Path, metrics_address: str) -> Iterator[Prometheus]:
     """Scrape a gateway whose metrics are at HOST:PORT, and its engines through it.
 
     Differences from the deployed configuration: the gateway's address, seconds instead of minutes in `interval` and
@@ -88,9 +88,6 @@ def prometheus(folder: Path, metrics_address: str, engines: int = 1) -> Iterator
     config_text = (DEPLOYED / "prometheus.yml").read_text().replace("gateway:9100", metrics_address)
     config = yaml.safe_load(config_text.replace("localhost:9090", f"127.0.0.1:{port}"))
     config["global"] = {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": "1s"}
-    for job in config["scrape_configs"]:
-        if job["job_name"] == "visiondrop-engine":
-            job["static_configs"] = [{"targets": [str(number) for number in range(engines)]}]
     (folder / "rules").mkdir(parents=True)
     for path in (DEPLOYED / "rules").glob("*.yml"):
         rules = yaml.safe_load(path.read_text())

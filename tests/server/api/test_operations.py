@@ -33,7 +33,7 @@ async def test_operators_port_has_metrics_and_probes_without_a_key_and_nothing_e
         httpx.AsyncClient(transport=AsgiTransport(app), base_url="http://gateway") as clients,
         httpx.AsyncClient(transport=AsgiTransport(metrics_app_of(app)), base_url="http://metrics") as operators,
     ):
-        for path in ("/metrics", "/metrics/engine/0", "/health", "/ready"):
+        for path in ("/metrics", "/metrics/engines", "/metrics/engine/0", "/health", "/ready"):
             response = await operators.get(path)
             assert response.status_code == 200, path
             assert response.headers["x-request-id"]
@@ -43,3 +43,12 @@ async def test_operators_port_has_metrics_and_probes_without_a_key_and_nothing_e
             assert response.json()["error"]["code"] == "unknown_url"
         response = await clients.get("/metrics", headers=bearer("shop-secret"))
         assert response.status_code == 404, "there is a port for it"
+
+
+async def test_engines_are_listed_for_prometheus_to_discover(client: httpx.AsyncClient) -> None:
+    response = await client.get("/metrics/engines")
+    assert response.headers["content-type"] == "application/json"  # Prometheus insists on it
+    (group,) = response.json()
+    assert group == {"targets": ["0"], "labels": {}}
+    for name in group["targets"]:
+        assert (await client.get(f"/metrics/engine/{name}")).status_code == 200
