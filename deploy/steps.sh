@@ -1,5 +1,7 @@
 # What deploy/setup.sh and deploy/lock.sh share: numbered steps, failures that say what to do, Python and PyTorch.
 # Sourced, never run. The caller sets `log` (a file) and `num_steps`.
+# shellcheck shell=bash
+# shellcheck disable=SC2154
 
 uv_pin=uv==0.13.9 # knows PyTorch's own package index by name
 step_number=0
@@ -86,7 +88,7 @@ check_platform() {
 
 # find_python NEWEST_MINOR: print a Python, 3.11 to 3.NEWEST_MINOR, that has the venv module.
 find_python() {
-  local name without_venv= versions="3.11 to 3.$1"
+  local name without_venv='' versions="3.11 to 3.$1"
   for name in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
     "$name" -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $1))" 2>/dev/null || continue
     if "$name" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -110,6 +112,13 @@ check_disk() {
   ((free_kib >= $1 * 1024 * 1024)) ||
     fail "$((free_kib / 1024 / 1024)) GiB are free on this disk, but the set-up needs $1. Free some space" \
       "and run make again."
+}
+
+# check_library PYTHON FILE PACKAGE: a shared library that vLLM's wheel for CPUs needs and does not bring.
+check_library() {
+  "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$2" 2>/dev/null ||
+    fail "the library $2 is missing; vLLM needs it on a CPU. On Debian or Ubuntu: sudo apt-get install $3," \
+      "then run make again."
 }
 
 # install_torch_cpu PYTHON PIN: install PyTorch's CPU build and no other. Its version ends in +cpu; the main package

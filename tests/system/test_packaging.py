@@ -156,3 +156,15 @@ def test_failed_step_says_what_to_do(output: str, advice: str, tmp_path: Path) -
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("visiondrop set-up: ")
     assert advice in result.stderr
+
+
+def test_missing_library_is_named_before_the_downloads() -> None:
+    def check(library: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-euc", "source deploy/steps.sh; check_library python3 $0 libnuma1", library]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert check("libc.so.6").returncode == 0
+    missing = check("libmissing.so.9")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("visiondrop set-up: the library libmissing.so.9 is missing")
+    assert "apt-get install libnuma1" in missing.stderr
