@@ -73,8 +73,9 @@ LABEL org.opencontainers.image.title="VisionDrop gateway" \
 FROM ${VLLM_IMAGE} AS engine
 # Everything that the plugin needs is there already, at the versions that vLLM's own tests ran with.
 COPY --from=project /wheels /opt/visiondrop/wheels
-RUN uv pip install --system --break-system-packages --no-cache --offline --no-deps /opt/visiondrop/wheels/*.whl \
-    && mkdir -m 1777 /cache
+RUN uv pip install --python "$(command -v python3)" --break-system-packages --no-cache --offline --no-deps \
+        /opt/visiondrop/wheels/*.whl \
+    && install -d -m 1777 /cache
 COPY deploy/image/healthcheck.py /opt/visiondrop/
 ENV HOME=/cache \
     USER=visiondrop \
@@ -132,7 +133,7 @@ FROM ${PYTHON_IMAGE} AS engine-cpu
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libnuma1 \
     && rm -rf /var/lib/apt/lists/* \
-    && mkdir -m 1777 /cache
+    && install -d -m 1777 /cache
 COPY --from=engine-cpu-environment /opt/visiondrop /opt/visiondrop
 COPY --from=project /staging /
 COPY deploy/image/healthcheck.py /opt/visiondrop/

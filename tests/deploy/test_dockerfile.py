@@ -77,7 +77,7 @@ def test_labels_say_what_the_image_is(name: str) -> None:
 def test_engine_writes_below_its_volume_only(name: str) -> None:
     stage = STAGES[name]
     assert stage.last["VOLUME"] == "/cache"
-    assert any("mkdir -m 1777 /cache" in run for run in stage.runs), "writable for any user id"
+    assert any("install -d -m 1777 /cache" in run for run in stage.runs), "writable for any user id"
     assert set(stage.env) >= CACHES
     for variable in CACHES | ({"FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"} if name == "engine" else set()):
         assert Path(stage.env[variable]).is_relative_to("/cache"), variable
