@@ -17,6 +17,10 @@ fail() {
   exit 1
 }
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' deploy/images.sh
+  exit
+fi
 targets=("$@")
 ((${#targets[@]})) || targets=(gateway engine)
 for target in "${targets[@]}"; do
@@ -30,7 +34,8 @@ if [[ -z $builder ]]; then
   [[ $builder != none ]] ||
     fail "no builder works here. Install Docker (and start its daemon), or podman, or buildah; 'docker info' tells why."
 fi
-works "$builder" || fail "'$builder info' fails; start its daemon, or choose docker, podman or buildah with BUILDER=."
+[[ $builder =~ ^(docker|podman|buildah)$ ]] || fail "BUILDER is '$builder'; choose docker, podman or buildah."
+works "$builder" || fail "'$builder info' fails; install $builder, or start its daemon, or choose another with BUILDER=."
 
 version=$(grep -m 1 '^version = ' pyproject.toml | cut -d '"' -f 2)
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import subprocess
@@ -18,7 +19,7 @@ from server.admission.keys import ApiKeys
 from server.errors import first_complaint
 from server.http.listener import Address, StartError
 from server.http.middleware import REQUEST_LOG
-from server.launcher.serve import run_gateway, run_serve, say_error
+from server.launcher.serve import run_gateway, run_serve, say, say_error
 from server.settings import Settings
 from server.telemetry.tracing import make_tracing
 from server.version import package_version
@@ -39,6 +40,10 @@ _TOOLS: Final = {
     "explain": "draw which patches of an image every stage keeps",
 }
 """Commands of the plugin, and what they are for."""
+
+
+_OTHER_VARIABLES: Final = {"VISIONDROP_BACKEND", "VISIONDROP_BUILD_OPTIONS", "VISIONDROP_CPU"}
+"""Those of the project's other programs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,6 +236,7 @@ def _read_settings(options: argparse.Namespace) -> Settings:
     Raises:
         SettingsError: a value is out of range, or what it names cannot be used.
     """
+    _warn_of_unknown_variables()
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
@@ -245,6 +251,15 @@ def _read_settings(options: argparse.Namespace) -> Settings:
     except ValueError as error:
         raise SettingsError(str(error)) from None
     return settings
+
+
+def _warn_of_unknown_variables() -> None:
+    """A misspelt limit would otherwise be no limit, and nobody would know."""
+    known = {f"VISIONDROP_{name.upper()}" for name in Settings.model_fields} | _OTHER_VARIABLES
+    for name in sorted(name for name in os.environ if name.upper().startswith("VISIONDROP_")):
+        if name.upper() not in known:
+            similar = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.85)
+            say(f"warning: {name} is not a setting" + (f"; did you mean {similar[0]}?" if similar else ""))
 
 
 def _configure_logging() -> None:

@@ -3,7 +3,7 @@
 #
 #   engines.sh N MODEL [vLLM options]
 #
-#   engines.sh 4 llava-hf/llava-v1.6-vicuna-7b-hf --max-model-len 8192
+#   engines.sh 4 llava-hf/llava-v1.6-vicuna-7b-hf --max-num-seqs 119
 #   GPUS_PER_ENGINE=2 engines.sh 2 llava-hf/llava-v1.6-34b-hf
 #
 # Engine I gets the I-th GPU, or group of GPUs, of CUDA_VISIBLE_DEVICES (by default 0, 1, 2, ...). The gateway starts
@@ -57,9 +57,24 @@ gpus() {
   echo "${devices[*]:$1*gpus_per_engine:gpus_per_engine}"
 }
 
-run=$(mktemp --directory /tmp/visiondrop-XXXXXX)
+# Before the minutes that engines take to load.
+reason=$("$python" - "${HOST:-127.0.0.1}" "${PORT:-8000}" 2>&1 <<'PYTHON'
+import sys
+from server.http.listener import Address, StartError, bound_socket
+from server.settings import Settings
+
+try:
+    Settings()
+    with bound_socket(Address(sys.argv[1], int(sys.argv[2]))):
+        pass
+except (ValueError, StartError) as error:
+    sys.exit(" ".join(str(error).split()))
+PYTHON
+) || fail "${reason:-the gateway cannot be started}"
+
 logs=${LOGS:-$(mktemp --directory /tmp/visiondrop-logs-XXXXXX)}
 mkdir -p "$logs" || fail "the folder of the logs, $logs, cannot be made"
+run=$(mktemp --directory /tmp/visiondrop-XXXXXX)
 
 # The guards (server/launcher/guard.py) of engines and gateway read from this pipe. When its other end is closed, by
 # this script or by its death, each ends what it guards with all of its processes.

@@ -9,7 +9,7 @@
 #
 #   visiondrop gateway --engine http://127.0.0.1:8100
 #
-# When the engine ends, Ray is stopped on this machine.
+# When the engine ends, or this script is told to, Ray is stopped on this machine, with all that uses it.
 #
 #   ENGINE_PORT=8100           HTTP
 #   RAY_PORT=6379              where the workers report
@@ -41,7 +41,20 @@ check_python "$python"
 ray=$(dirname "$python")/ray
 [[ -x $ray ]] || fail "Ray is not installed beside $python; run: $python -m pip install 'ray[default]'"
 
-trap '"$ray" stop >/dev/null' EXIT
+engine=
+stop() {
+  local status=$?
+  trap - EXIT
+  if [[ -n $engine ]]; then
+    kill -TERM "$engine" 2>/dev/null || true
+    wait "$engine" 2>/dev/null || true
+  fi
+  "$ray" stop >/dev/null
+  exit "$status"
+}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 "$ray" start --head --port "${RAY_PORT:-6379}" ${VLLM_HOST_IP:+--node-ip-address "$VLLM_HOST_IP"}
 say "waiting for $gpus GPUs to join"
 "$python" - "$gpus" <<'PYTHON'
@@ -52,4 +65,6 @@ while ray.cluster_resources().get("GPU", 0) < int(sys.argv[1]):
     time.sleep(1)
 PYTHON
 "$python" -m vd_plugin.engine "$model" --host 127.0.0.1 --port "${ENGINE_PORT:-8100}" \
-  --distributed-executor-backend ray "$@"
+  --distributed-executor-backend ray "$@" &
+engine=$!
+wait "$engine"

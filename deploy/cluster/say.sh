@@ -11,8 +11,8 @@ fail() {
 # usage SCRIPT: its header, without the marks of a comment.
 usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"; }
 
-# is_number TEXT LEAST: a whole number that is not too small.
-is_number() { [[ $1 =~ ^[0-9]+$ ]] && ((10#$1 >= $2)); }
+# is_number TEXT LEAST: a whole number that is not too small. A zero in front would make it octal later.
+is_number() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]] && (($1 >= $2)); }
 
 # find_python: PYTHON if it is set, else that of the checkout's environment, else the first one found.
 find_python() {

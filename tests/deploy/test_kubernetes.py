@@ -295,6 +295,6 @@ def test_readme_names_every_overlay_and_its_example_can_be_built(tmp_path: Path)
     assert images == {"registry.example.com"}
     (secret,) = built.all("Secret")
     assert ("Secret", secret["metadata"]["name"]) in references(gateway)
-    assert option(built.one("StatefulSet", "engine"), "--max-num-seqs") == ["56"]
-    assert settings_of(gateway).max_inflight_tokens * built.max_replicas(gateway) == 40168
+    assert option(built.one("StatefulSet", "engine"), "--max-num-seqs") == ["51"]
+    assert settings_of(gateway).max_inflight_tokens == 35871 // built.max_replicas(gateway)
     assert pod_labels(gateway) == gateway["spec"]["selector"]["matchLabels"]

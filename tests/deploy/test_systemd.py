@@ -85,8 +85,8 @@ def test_every_setting_of_the_example_has_its_default() -> None:
     assert values.pop("VISIONDROP_ENGINES") == Unit(GATEWAY, **SPECIFIERS).environment()["VISIONDROP_ENGINES"]
     names = {name: name.removeprefix("VISIONDROP_").lower() for name in values}
     assert set(names.values()) <= set(Settings.model_fields)
-    left_out = {"image_threads"}  # its default depends on the machine
-    assert set(Settings.model_fields) - set(names.values()) == {*left_out, "engines"}
+    assert set(Settings.model_fields) - set(names.values()) == {"engines"}
+    assert values.pop("VISIONDROP_IMAGE_THREADS") == "4"  # at most: its default depends on the machine
     given: dict[str, Any] = {names[name]: value for name, value in values.items() if value}
     settings, defaults = Settings(**given), Settings()
     assert {name: getattr(settings, name) for name in names.values()} == {
@@ -127,7 +127,9 @@ def test_what_is_in_flight_may_end_before_systemd_kills() -> None:
     for unit in (gateway, engine):
         assert unit.get("KillMode") == "mixed", "SIGTERM to the server alone, not to vLLM's processes"
         assert unit.get("Restart") == "on-failure"
-        assert unit.get("RestartPreventExitStatus") == "2"
+    assert gateway.get("RestartPreventExitStatus") == "2", "wrong usage"
+    # An engine that cannot download its model ends like one that has a wrong option, and tries for ever.
+    assert (engine.get("StartLimitIntervalSec"), engine.get("RestartSec")) == ("0", "30")
 
 
 def test_gateway_runs_as_its_unit_says(tmp_path: Path) -> None:
@@ -179,11 +181,11 @@ def test_vllm_knows_every_option_of_the_engine() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     unit = Unit(ENGINE, **SPECIFIERS)
-    options = "--gpu-memory-utilization 0.9 --max-model-len 8192 --dtype bfloat16"
+    options = "--gpu-memory-utilization 0.9 --max-model-len 4096 --dtype bfloat16"
     assert options in EXAMPLES[1].read_text()
     program, flag, module, model, *given = unit.command({**unit.environment(), "ENGINE_OPTIONS": options})
     assert (program, flag, module) == (f"{BIN}/python", "-m", "vd_plugin.engine")
     parser = make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
     parsed = parser.parse_args(["--model", model, *given])
-    assert (parsed.shutdown_timeout, parsed.max_model_len, parsed.dtype) == (60, 8192, "bfloat16")
+    assert (parsed.shutdown_timeout, parsed.max_model_len, parsed.dtype) == (60, 4096, "bfloat16")
     assert parsed.uds == "/run/visiondrop/engine-0/http.sock"

@@ -235,3 +235,15 @@ def test_odd_images_write_nothing_and_are_not_remembered(tmp_path: Path) -> None
         check=True,
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_misspelt_setting_is_named(
+    served: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("VISIONDROP_QUEUE_SECOND", "VISIONDROP_ZZ", "VISIONDROP_BACKEND", "VISIONDROP_MAX_BUDGET"):
+        monkeypatch.setenv(name, "full")
+    assert run("serve", "model") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "visiondrop: warning: VISIONDROP_QUEUE_SECOND is not a setting; did you mean VISIONDROP_QUEUE_SECONDS?",
+        "visiondrop: warning: VISIONDROP_ZZ is not a setting",
+    ]

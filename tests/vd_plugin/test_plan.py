@@ -158,7 +158,7 @@ def test_a_file_reads_as_its_folder(capsys: pytest.CaptureFixture[str], vicuna: 
     ("arguments", "sentence"),
     [
         (["--gpu-memory", "16"], "weights of 13.13 GiB and a reserve of 4.00 GiB leave -2.41 of 14.72 GiB; "),
-        (["--kv-memory", "0"], "no memory is left for a KV cache; give each GPU more memory"),
+        (["--kv-memory", "0.0001"], "no memory is left for a KV cache; give each GPU more memory"),
         (["--kv-memory", "1"], "3,244 tokens, is longer than the 2,032 tokens that the KV cache holds; give each GPU"),
         (["--kv-memory", "1"], "4,096 tokens does not fit the KV cache, so the engine would not start; set --"),
         (["--kv-memory", "1.9"], "would not start; set --max-model-len to 3872 or less"),

@@ -44,8 +44,14 @@ def _settings_line(options: argparse.Namespace, plan: Plan) -> str:
         engine += ["--hf-overrides", json.dumps({OPTIONS_KEY: {"layers": options.layers}})]
     return (
         f"VISIONDROP_MAX_INFLIGHT_TOKENS={plan.max_inflight_tokens} "
-        f"visiondrop serve {shlex.quote(options.model)} -- {shlex.join(engine)}"
+        f"visiondrop serve {shlex.quote(_served(options.model))} -- {shlex.join(engine)}"
     )
+
+
+def _served(model: str) -> str:
+    """A config.json is read from, but what is served is its folder."""
+    path = Path(model).expanduser()
+    return str(path.parent) if path.is_file() else model
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +73,13 @@ def _size(text: str) -> float:
     if 0 <= value < 1e6:
         return value
     raise argparse.ArgumentTypeError(f"must be a number from 0 up; got {text!r}")
+
+
+def _memory(text: str) -> float:
+    value = _size(text)
+    if value > 0:
+        return value
+    raise argparse.ArgumentTypeError(f"must be above 0; got {text!r}")
 
 
 def _share(text: str) -> float:
@@ -107,13 +120,13 @@ def _make_parser() -> argparse.ArgumentParser:
     memory = parser.add_mutually_exclusive_group(required=True)
     memory.add_argument(
         "--gpu-memory",
-        type=_size,
+        type=_memory,
         metavar="GIB",
         help="memory of one GPU in GiB, as vLLM counts it; a card sold as 80 GB has about 79",
     )
     memory.add_argument(
         "--kv-memory",
-        type=_size,
+        type=_memory,
         metavar="GIB",
         help='size of the KV cache on each GPU instead: what vLLM logs as "Available KV cache memory", or what '
         "VLLM_CPU_KVCACHE_SPACE says",
