@@ -55,7 +55,7 @@ def create_app(
     """
     drain = drain or Drain()
     keys, rates = ApiKeys.from_settings(settings), RateLimits(settings)
-    admission = Admission(settings, lambda: engines.capacity)
+    admission = Admission(settings, lambda: engines.capacity, lambda: engines.away_cost)
     engines.on_capacity_change = admission.update
     fetcher = fetcher or ImageFetcher(settings)
     memory = MemoryBudget(settings.max_buffered_bytes)

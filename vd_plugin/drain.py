@@ -3,16 +3,18 @@
 vLLM 0.32 has `--shutdown-timeout`, and with it running streams do finish. But until the process ends, its socket stays
 open and /health stays 200, while new requests fail: chat completions with status 500 ("cannot schedule new futures
 after shutdown", from the renderer's closed thread pool), and prompts of token ids with an empty answer of status 200
-(`finish_reason` "abort"). A request that was being prepared when the signal came fails likewise.
+(`finish_reason` "abort"). A request that was being prepared when the signal came fails likewise. What still runs after
+the timeout hangs until the process has gone, and so does everything that runs if there is no timeout.
 
-With this middleware the signal begins a drain, if `--shutdown-timeout` is not 0 (with 0, vLLM ends at once what runs):
+With this middleware the signal begins a drain:
 
 1. Requests get a 503 whose error has the type `DRAINING`, before anything was done for them; so does /health. A gateway
    sends them to another engine.
-2. After NOTICE_SECONDS, and once no request runs or the timeout is over, uvicorn is told to exit. vLLM's own shutdown
-   follows, and finds nothing to do.
+2. After NOTICE_SECONDS it is over once no request runs; with the timeout in any case. What runs then is cut off: its
+   client gets an error, or the end of the connection.
+3. uvicorn is told to exit. vLLM's own shutdown follows, and finds nothing to do.
 
-A second signal ends the wait.
+A second signal ends the wait, and so does a timeout of 0, vLLM's default.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from vd_plugin.wire import DRAINING
 
 if TYPE_CHECKING:
     import uvicorn
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 NOTICE_SECONDS: Final = 5.0
 """How long an idle engine stays to say that it drains. A gateway probes every 2 s and waits 3 s for the answer.
@@ -37,13 +39,17 @@ begun for all that the gateway knows, could not go to another engine.
 """
 
 _CUT_OFF_SECONDS: Final = 1
-"""What is left after the timeout gets so long to end, by uvicorn's own means."""
+"""What is cut off gets so long to end: vLLM takes the requests back from its core."""
 
 _logger = logging.getLogger(f"vllm.{__name__}")
 
-_REFUSAL: Final = json.dumps(
-    {"error": {"message": "the engine is shutting down", "type": DRAINING, "param": None, "code": 503}}
-).encode()
+
+def _error(message: str, kind: str, status: int) -> bytes:
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
+
+
+_REFUSAL: Final = _error("the engine is shutting down", DRAINING, 503)
+_CUT_OFF: Final = _error("the engine was stopped before the answer was complete", "engine_stopped", 500)
 
 
 class DrainMiddleware:
@@ -53,7 +59,8 @@ class DrainMiddleware:
         self._app = app
         self._is_draining = False
         self._is_urgent = asyncio.Event()
-        self._num_running = 0
+        self._running: set[asyncio.Future[None]] = set()
+        self._is_cut_off = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._drain: asyncio.Task[None] | None = None
@@ -62,24 +69,37 @@ class DrainMiddleware:
         if scope["type"] == "lifespan":
             # By now vLLM has registered its signal handlers, and set state.server (launcher.py, serve_http).
             state = scope["app"].state
-            if state.args.shutdown_timeout > 0:
-                self._take_signals(state.server, state.args.shutdown_timeout)
+            self._take_signals(state.server, state.args.shutdown_timeout)
             await self._app(scope, receive, send)
         elif scope["type"] != "http" or (scope["method"] != "POST" and scope["path"] != "/health"):
             await self._app(scope, receive, send)
         elif self._is_draining:
             await _refuse(receive, send)
         else:
-            await self._count(scope, receive, send)
+            await self._run(scope, receive, send)
 
-    async def _count(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._num_running += 1
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def note_start(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        work = asyncio.ensure_future(self._app(scope, receive, note_start))
+        self._running.add(work)
         self._idle.clear()
         try:
-            await self._app(scope, receive, send)
+            await work
+        except asyncio.CancelledError:
+            if not self._is_cut_off:
+                raise
+            # An answer that has begun is left as it is: uvicorn closes the connection, so that it does not look whole.
+            if not has_started:
+                await _answer(500, _CUT_OFF, send)
         finally:
-            self._num_running -= 1
-            if not self._num_running:
+            self._running.discard(work)
+            if not self._running:
                 self._idle.set()
 
     def _take_signals(self, server: uvicorn.Server, timeout_seconds: float) -> None:
@@ -96,13 +116,17 @@ class DrainMiddleware:
             loop.add_signal_handler(number, on_signal)
 
     async def _drain_until(self, server: uvicorn.Server, timeout_seconds: float) -> None:
-        _logger.info("draining for up to %g s: %d requests are running", timeout_seconds, self._num_running)
+        _logger.info("draining for up to %g s: %d requests are running", timeout_seconds, len(self._running))
         waits = [asyncio.ensure_future(wait) for wait in (self._finish(), self._is_urgent.wait())]
         await asyncio.wait(waits, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-        if self._num_running:
-            _logger.warning("%d requests are cut off", self._num_running)
+        if self._running:
+            _logger.warning("%d requests are cut off", len(self._running))
+            self._is_cut_off = True
+            for work in self._running:
+                work.cancel()
+            await asyncio.wait([asyncio.ensure_future(self._idle.wait())], timeout=_CUT_OFF_SECONDS)
         server.config.timeout_graceful_shutdown = _CUT_OFF_SECONDS
         server.should_exit = True
 
@@ -119,6 +143,10 @@ async def _refuse(receive: Receive, send: Send) -> None:
             return
         if not message.get("more_body"):
             break
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(_REFUSAL)).encode())]
-    await send({"type": "http.response.start", "status": 503, "headers": [*headers, (b"connection", b"close")]})
-    await send({"type": "http.response.body", "body": _REFUSAL})
+    await _answer(503, _REFUSAL, send)
+
+
+async def _answer(status: int, body: bytes, send: Send) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": body})

@@ -54,6 +54,8 @@ def _serve(model: str, options: list[str]) -> None:
     check_server(args)
     args.hf_overrides = engine_args(model, hf_overrides=args.hf_overrides)["hf_overrides"]
     args.enable_prompt_tokens_details = True
+    if args.uds is not None:
+        _remove_stale_socket(args.uds)
     if _is_private(args):
         args.trust_request_mm_kwargs = True
     configure_logging_from_args(args)
@@ -66,6 +68,22 @@ def _serve(model: str, options: list[str]) -> None:
         run_headless(args)
     else:
         uvloop.run(run_server(args))
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Remove the socket of an engine that is gone: vLLM leaves it behind, and does not bind where one is."""
+    import socket
+    from pathlib import Path
+
+    try:
+        if not Path(path).is_socket():
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+    except ConnectionRefusedError:
+        Path(path).unlink()
+    except OSError:
+        return  # there is none; or vLLM's own error tells why it cannot be used
 
 
 def _be_modest(options: list[str]) -> list[str]:

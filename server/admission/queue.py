@@ -38,15 +38,22 @@ class Admission:
 
     Args:
         capacity: tokens that the engines take at a time, queried anew at every decision; 0 if none is up.
+        away_cost: of what is in flight, the part on engines that count for no capacity: they drain, stall or are down.
+            It takes no room on the others.
         clock: seconds that only grow.
     """
 
     def __init__(
-        self, settings: Settings, capacity: Callable[[], int], clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        capacity: Callable[[], int],
+        away_cost: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_queued = settings.max_queued_requests
         self._queue_seconds = settings.queue_seconds
         self._capacity = capacity
+        self._away_cost = away_cost
         self._clock = clock
         self._queue: OrderedDict[_Waiter, None] = OrderedDict()  # unlike a deque, gives up any waiter in O(1)
         self._queued_cost = 0
@@ -67,7 +74,7 @@ class Admission:
     async def admit(self, cost: int) -> AsyncIterator[None]:
         """Wait for room for `cost` tokens, hold it within the context, and give it back.
 
-        A request that costs more than the whole capacity enters when nothing else is in flight.
+        A request that costs more than the whole capacity enters when nothing else is in flight there.
 
         Raises:
             EngineUnreachableError: no engine is up.
@@ -144,8 +151,8 @@ class Admission:
             head.granted.set()
 
     def _fits(self, cost: int) -> bool:
-        capacity = self._capacity()
-        return capacity > 0 and (self._inflight_cost == 0 or self._inflight_cost + cost <= capacity)
+        capacity, taken = self._capacity(), self._inflight_cost - self._away_cost()
+        return capacity > 0 and (taken <= 0 or taken + cost <= capacity)
 
     def _observe(self, cost_done: int = 0) -> None:
         self._work.observe(self._clock(), cost_done, is_busy=bool(self._queue))

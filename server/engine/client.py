@@ -23,6 +23,8 @@ from vd_plugin.schedule import RULE_VERSION, Geometry
 from vd_plugin.wire import DRAINING, GEOMETRY_PATH
 
 _PROBE_SECONDS: Final = 3.0
+_LONGEST_SOCKET_PATH: Final = 107
+"""Of unix(7)."""
 _ANSWER_TIMEOUT: Final = httpx.Timeout(None, connect=5.0)
 """An answer may take as long as it takes; only a connection must come about soon."""
 
@@ -74,16 +76,31 @@ class HttpEngineClient:
         """The engine at "http://host:port", "https://..." or "unix:/path/to/socket".
 
         Raises:
-            ValueError: any other URL.
+            ValueError: any other URL. The sentence does not repeat a password.
         """
+        url = url.strip()
         # No connection is kept for another request: uvicorn closes idle ones after a while, and a request that is
         # sent at that moment would fail. A new one costs well under a millisecond here.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         if url.startswith("unix:/"):
-            return cls(httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:"), limits=limits, trust_env=False))
-        if url.startswith(("http://", "https://")):
-            return cls(httpx.AsyncHTTPTransport(limits=limits, trust_env=False), url.rstrip("/"))
-        raise ValueError(f"an engine's URL is http://HOST:PORT or unix:/PATH; got {url!r}")
+            path = url.removeprefix("unix:")
+            if len(path.encode()) > _LONGEST_SOCKET_PATH:
+                raise ValueError(
+                    f"the path of an engine's socket has at most {_LONGEST_SOCKET_PATH} bytes; got {path!r}"
+                )
+            return cls(httpx.AsyncHTTPTransport(uds=path, limits=limits, trust_env=False))
+        try:
+            parts = httpx.URL(url)
+            is_address = parts.scheme in ("http", "https") and parts.host and (parts.port or 1) in range(1, 65536)
+        except (httpx.InvalidURL, ValueError):
+            is_address = False
+        if not is_address or "," in url or any(map(str.isspace, url)):
+            raise ValueError(f"an engine's URL is http://HOST:PORT or unix:/PATH; got {url!r}")
+        path = parts.path.rstrip("/")
+        if parts.userinfo or parts.query or parts.fragment or path.endswith("/v1"):
+            root = f"{parts.scheme}://{parts.netloc.decode()}{path.removesuffix('/v1')}"
+            raise ValueError(f"an engine's URL has no user, no query and no /v1: give {root}")
+        return cls(httpx.AsyncHTTPTransport(limits=limits, trust_env=False), url.rstrip("/"))
 
     async def geometry(self) -> Geometry:
         """The model's sizes, requested once and again after the engine was away.

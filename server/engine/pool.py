@@ -78,6 +78,11 @@ class EnginePool:
         """Tokens that the engines which are up may work on at a time."""
         return sum(engine.is_up for engine in self._engines.values()) * self._settings.max_inflight_tokens
 
+    @property
+    def away_cost(self) -> int:
+        """Outstanding cost of the engines that are not up: they finish it, or lose it."""
+        return sum(engine.cost for engine in self._engines.values() if not engine.is_up)
+
     def refusal(self) -> GatewayError:
         """Why no engine takes work, when none is up."""
         monitors = [engine.monitor for engine in self._engines.values()]

@@ -113,7 +113,8 @@ class Metrics:
     def observe(self, record: RequestRecord, *, is_work: bool) -> None:
         """Count a request that has ended."""
         self._requests.labels(record.route, str(record.status), record.budget_class).inc()
-        if record.rejection is not None:
+        # A scrape of an engine that is down, or a probe while none is up, turns no client away.
+        if record.rejection is not None and (is_work or record.status in (401, 403, 429)):
             self._rejections.labels(record.rejection).inc()
         if not is_work:
             return

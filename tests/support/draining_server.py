@@ -22,6 +22,9 @@ from vd_plugin import drain
 VLLMS_OWN_STATUS = 7
 """Exit status if the handlers that were there before are the ones that got the signal."""
 
+TAKEN_BACK = "taken back"
+"""What the log says of work that was told to end."""
+
 
 class Server(uvicorn.Server):
     @contextlib.contextmanager
@@ -46,10 +49,25 @@ async def work(request: Request, seconds: float) -> StreamingResponse:
 
     async def parts() -> AsyncIterator[str]:
         yield " "
-        await asyncio.sleep(seconds)
+        await compute(seconds)
         yield str(size)
 
     return StreamingResponse(parts())
+
+
+@app.post("/whole")
+async def whole(seconds: float) -> dict[str, str]:
+    """Nothing until it is done."""
+    await compute(seconds)
+    return {}
+
+
+async def compute(seconds: float) -> None:
+    try:
+        await asyncio.sleep(seconds)
+    except asyncio.CancelledError:
+        print(TAKEN_BACK, flush=True)
+        raise
 
 
 async def main(port: int, shutdown_timeout: int, notice_seconds: float) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from draining_server import VLLMS_OWN_STATUS
+from draining_server import TAKEN_BACK
 from served import free_port, process, wait_until_ready
 
 from vd_plugin.wire import DRAINING
@@ -26,14 +26,20 @@ Start = Callable[[int, float], "Draining"]
 
 
 class Draining:
-    def __init__(self, child: subprocess.Popen[bytes], url: str, pool: ThreadPoolExecutor) -> None:
-        self.child, self.url, self._pool = child, url, pool
+    def __init__(self, child: subprocess.Popen[bytes], url: str, log: Path, pool: ThreadPoolExecutor) -> None:
+        self.child, self.url, self.log, self._pool = child, url, log, pool
 
     def work(self, seconds: float) -> httpx.Response:
         return httpx.post(f"{self.url}/work?seconds={seconds}", content=BODY, timeout=30)
 
     def begin(self, seconds: float) -> Future[httpx.Response]:
         future = self._pool.submit(self.work, seconds)
+        time.sleep(0.3)
+        return future
+
+    def begin_whole(self, seconds: float) -> Future[httpx.Response]:
+        """Work whose answer does not begin before it is done."""
+        future = self._pool.submit(httpx.post, f"{self.url}/whole?seconds={seconds}", timeout=30)
         time.sleep(0.3)
         return future
 
@@ -55,7 +61,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             child = stack.enter_context(process(*arguments, log=log, PYTHONPATH=path))
             url = f"http://127.0.0.1:{port}"
             wait_until_ready(f"{url}/health", child, log)
-            return Draining(child, url, stack.enter_context(ThreadPoolExecutor(4)))
+            return Draining(child, url, log, stack.enter_context(ThreadPoolExecutor(4)))
 
         yield start_server
 
@@ -99,10 +105,13 @@ def test_requests_are_cut_off_after_the_timeout(start: Start) -> None:
     server = start(1, 0.1)
     running = server.begin(60)
     stopped_at = server.stop()
+    whole = server.begin_whole(60)
     with pytest.raises(httpx.RemoteProtocolError):
         running.result()
+    assert whole.result().status_code == 503, "it came too late"
     assert server.child.wait(timeout=3) == 0
     assert 0.5 < time.monotonic() - stopped_at < 4
+    assert server.log.read_text().count(TAKEN_BACK) == 1
 
 
 def test_second_signal_ends_the_wait(start: Start) -> None:
@@ -117,7 +126,15 @@ def test_second_signal_ends_the_wait(start: Start) -> None:
     assert server.child.wait(timeout=3) == 0
 
 
-def test_without_a_timeout_vllm_keeps_its_signals(start: Start) -> None:
-    server = start(0, 0.1)
-    server.stop()
-    assert server.child.wait(timeout=3) == VLLMS_OWN_STATUS
+def test_without_a_timeout_requests_are_cut_off_at_once(start: Start) -> None:
+    server = start(0, 2)
+    begun, whole = server.begin(60), server.begin_whole(60)
+    stopped_at = server.stop()
+    with pytest.raises(httpx.RemoteProtocolError):
+        begun.result()
+    refused = whole.result()
+    assert refused.status_code == 500, "it may have been computed: not to be sent elsewhere"
+    assert "stopped before the answer was complete" in refused.json()["error"]["message"]
+    assert server.child.wait(timeout=3) == 0
+    assert time.monotonic() - stopped_at < 2, "nobody is told first"
+    assert server.log.read_text().count(TAKEN_BACK) == 2

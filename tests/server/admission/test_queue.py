@@ -25,6 +25,7 @@ class Hall:
     """An admission with its requests: each enters by a task of its own, and leaves when told."""
 
     capacity: int = 100
+    away_cost: int = 0
     max_queued: int = 100
     arrived: list[str] = field(default_factory=list)
     entered: list[str] = field(default_factory=list)
@@ -37,7 +38,7 @@ class Hall:
     def __post_init__(self) -> None:
         self.clock = asyncio.get_running_loop().time
         gateway = Settings(max_queued_requests=self.max_queued, queue_seconds=QUEUE_SECONDS)
-        self.admission = Admission(gateway, lambda: self.capacity, self.clock)
+        self.admission = Admission(gateway, lambda: self.capacity, lambda: self.away_cost, self.clock)
 
     def send(self, name: str, cost: int) -> None:
         self.doors[name] = asyncio.Event()
@@ -243,6 +244,25 @@ def test_more_capacity_lets_in_more() -> None:
         assert hall.entered == ["a", "b", "c"]
 
     in_hall(laws)
+
+
+def test_work_of_engines_that_take_no_more_takes_no_room_on_the_others() -> None:
+    """One of two engines drains: what it has still counts as in flight, and the other is free."""
+
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("stream", 80))
+        hall.away_cost = 80
+        await hall.change_capacity(100)
+        await hall.arrive(("a", 60), ("b", 40), ("c", 1))
+        assert hall.entered == ["stream", "a", "b"]
+        assert hall.admission.inflight_cost == 180
+        hall.away_cost = 0
+        await hall.leave("stream")
+        assert hall.entered[3:] == [], "no room came free on the other"
+        await hall.leave("b")
+        assert hall.entered[3:] == ["c"]
+
+    in_hall(laws, capacity=200)
 
 
 def test_client_that_leaves_the_queue_makes_way_at_once() -> None:

@@ -9,6 +9,8 @@ import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
 from gateway import assert_error, bearer, make_app
+from images import ask, image
+from metric_text import metric
 
 from server.app import metrics_app_of
 from server.settings import Settings
@@ -52,3 +54,13 @@ async def test_engines_are_listed_for_prometheus_to_discover(client: httpx.Async
     assert group == {"targets": ["0"], "labels": {}}
     for name in group["targets"]:
         assert (await client.get(f"/metrics/engine/{name}")).status_code == 200
+
+
+async def test_probe_that_finds_no_engine_is_no_client_turned_away(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.is_up = False
+    assert (await client.get("/ready")).status_code == 503
+    assert (await client.post(CHAT, json=ask(image()))).status_code == 503
+    text = (await client.get("/metrics")).text
+    assert metric(text, 'visiondrop_rejections_total{reason="engine_down"}') == 1

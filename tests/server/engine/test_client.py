@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 import pytest
 from asgi_transport import AsgiTransport
@@ -80,3 +82,31 @@ async def test_trace_context_travels_to_the_engine() -> None:
     await client.complete(EngineCall("/v1/chat/completions", b"{}", "req-1", headers={"traceparent": trace}))
     assert (seen[0]["traceparent"], seen[0]["x-request-id"]) == (trace, "req-1")
     await client.aclose()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["unix:/run/engine.sock", "http://127.0.0.1:8000", "http://engine", "https://[::1]:8000/", " http://engine:1 ",
+     "http://proxy/engine-0"],
+)  # fmt: skip
+def test_engine_can_be_at(url: str) -> None:
+    assert HttpEngineClient.at(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        *((url, "is http://HOST:PORT or unix:/PATH; got")
+          for url in ("localhost:8000", "http://", "http://:8000", "http://a:b", "http://a:99999", "http://a b:1",
+                      "http://a:1,http://b:1", "http://[::1:1", "http://a\x00:1", "ftp://a", "")),
+        ("http://a:1/v1", "no /v1: give http://a:1"),
+        ("http://a:1/x/v1/", "no /v1: give http://a:1/x"),
+        ("http://user:secret@a:1", "no user, no query and no /v1: give http://a:1"),
+        ("http://a:1/?b=c", "no query"),
+        ("unix:/" + "x" * 107, "at most 107 bytes"),
+    ],
+)  # fmt: skip
+def test_url_that_can_be_no_engine_is_refused_with_a_sentence(url: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+        HttpEngineClient.at(url)
+    assert "secret" not in str(error.value)

@@ -224,6 +224,23 @@ async def test_engine_that_is_being_stopped_is_passed_over_and_asked_no_more() -
         assert costs(pool) == [0, 0]
 
 
+async def test_what_a_draining_engine_finishes_is_away() -> None:
+    engines = [FakeEngine() for _ in range(2)]
+    pool = make_pool(Settings(engine_probe_seconds=60), *map(Wire, engines))
+    async with running(pool):
+        await asyncio.sleep(0.1)  # the first probes
+        engines[0].is_stalled = engines[1].is_stalled = True
+        answers = [asyncio.ensure_future(pool.complete(chat(cost=cost))) for cost in (70, 30)]
+        await until(lambda: all(engine.bodies for engine in engines))
+        assert pool.away_cost == 0
+        engines[0].is_draining = True
+        await pool.check()
+        assert pool.away_cost == 70
+        engines[0].is_stalled = engines[1].is_stalled = False
+        await asyncio.gather(*answers)
+        assert pool.away_cost == 0
+
+
 async def test_engine_that_is_being_stopped_ends_its_answers_however_long_they_take() -> None:
     """It refuses canaries, so its counters alone show that it makes progress."""
     engines = [FakeEngine() for _ in range(2)]
