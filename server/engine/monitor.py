@@ -92,12 +92,35 @@ def state_of(signs: Signs, now: float, stall_seconds: float) -> EngineState:
     return EngineState.STALLED if now - signs.progress_at >= stall_seconds else EngineState.UP
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What an engine serves: engines behind one gateway must be alike in it."""
+
+    geometry: Geometry
+    models: frozenset[str]
+    """Their names."""
+
+    def check(self, reference: Served) -> None:
+        """
+        Raises:
+            EngineMismatchError: it is not what the other engines serve.
+        """
+        if self.geometry != reference.geometry:
+            raise EngineMismatchError("the engine's geometry differs from that of the other engines")
+        if self.models != reference.models:
+            ours, theirs = (", ".join(sorted(models)) for models in (self.models, reference.models))
+            raise EngineMismatchError(
+                f"the engine serves {ours}, the other engines {theirs}; if it is the same model, give all of them the "
+                "same --served-model-name"
+            )
+
+
 class EngineMonitor:
     """Watches one engine.
 
     Args:
         name: the engine's name in the log.
-        reference: the geometry that the engine must have; None if any will do.
+        reference: what the engine must serve; None if anything will do.
         on_change: called when the state has changed.
         on_lost: called at every probe at which the engine has made no progress for LOST_FACTOR stall bounds.
     """
@@ -108,11 +131,11 @@ class EngineMonitor:
         client: HttpEngineClient,
         settings: Settings,
         *,
-        reference: Callable[[], Geometry | None] = lambda: None,
+        reference: Callable[[], Served | None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        self.geometry: Geometry | None = None
+        self.served: Served | None = None
         self.mismatch: EngineMismatchError | None = None
         self._name = name
         self._client = client
@@ -192,10 +215,9 @@ class EngineMonitor:
             return
         self._signs.answers, self._signs.is_draining = True, False
         try:
-            geometry = await self._client.geometry()  # asked for again only after the engine was away
-            reference = self._reference()
-            if reference is not None and geometry != reference:
-                raise EngineMismatchError("the engine's geometry differs from that of the other engines")
+            served = await self._read_served()
+            if (reference := self._reference()) is not None:
+                served.check(reference)
         except EngineMismatchError as error:
             self.mismatch, self._signs.fits = error, False
         except EngineUnreachableError:
@@ -203,11 +225,19 @@ class EngineMonitor:
         except GatewayError:
             pass
         else:
-            self.geometry = geometry
+            self.served = served
             if not self._signs.fits:
                 # Just started: vLLM starts its HTTP server when its core works.
                 self._signs.fits, self._signs.was_up = True, True
                 self._signs.progress_at = time.monotonic()
+
+    async def _read_served(self) -> Served:
+        """Asked for again only after the engine was away."""
+        geometry = await self._client.geometry()
+        if self._signs.fits and self.served is not None and self.served.geometry == geometry:
+            return self.served
+        models = await self._client.models()
+        return Served(geometry, frozenset(str(entry.get("id")) for entry in models))
 
     async def _seek_progress(self) -> None:
         """Send a canary, or read the counters if it is late; neither while there are other signs."""

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from server.engine.client import EngineCall, EventSource, HttpEngineClient
-from server.engine.monitor import EngineMonitor, EngineState
+from server.engine.monitor import EngineMonitor, EngineState, Served
 from server.errors import (
     EngineDrainingError,
     EngineFailedError,
@@ -119,8 +119,8 @@ class EnginePool:
             EngineUnreachableError: none is up.
         """
         for engine in await self._engines_up():
-            if engine.monitor.geometry is not None:
-                return engine.monitor.geometry
+            if engine.monitor.served is not None:
+                return engine.monitor.served.geometry
         raise self.refusal()
 
     async def models(self) -> list[dict[str, Any]]:
@@ -154,12 +154,12 @@ class EnginePool:
         for engine in self._engines.values():
             await engine.client.aclose()
 
-    def reference_for(self, name: str) -> Geometry | None:
-        """The geometry that an engine must have: that of the others that serve. Alone, it may come back with any."""
+    def reference_for(self, name: str) -> Served | None:
+        """What an engine must serve: the same as the others. Alone, it may come back with anything."""
         serving = (EngineState.UP, EngineState.STALLED)
         for other in self._engines.values():
-            if other.name != name and other.monitor.state in serving and other.monitor.geometry is not None:
-                return other.monitor.geometry
+            if other.name != name and other.monitor.state in serving and other.monitor.served is not None:
+                return other.monitor.served
         return None
 
     def notify_change(self) -> None:

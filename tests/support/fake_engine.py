@@ -74,6 +74,7 @@ class FakeEngine:
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
         self.is_up = True
+        self.model = MODEL
         self.is_draining = False
         self.extra_image_tokens = 0
         self.reports_details = True
@@ -117,7 +118,8 @@ class FakeEngine:
         elif path == "/health":
             await reply.json(200 if self.is_up else 503, {})
         elif path == "/v1/models":
-            await reply.json(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "root": "/secret"}]})
+            data = [{"id": self.model, "object": "model", "root": "/secret"}]
+            await reply.json(200, {"object": "list", "data": data})
         elif path == "/visiondrop/geometry":
             await reply.json(*((404, {"detail": "Not Found"}) if self.geometry is None else (200, self.geometry)))
         elif path == "/metrics":

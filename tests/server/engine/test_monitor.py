@@ -194,6 +194,26 @@ async def test_engine_of_another_geometry_is_not_up_beside_one_that_serves(caplo
     assert caplog.text.count("engine 1 does not fit: the engine's geometry differs") == 1
 
 
+async def test_engine_of_another_model_is_not_up_beside_one_that_serves(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the same sizes, so that answers alone would show it."""
+    first, other = FakeEngine(), FakeEngine()
+    other.model = "a finetune"
+    wires = [Wire(first), Wire(other)]
+    wires[1].is_cut = True
+    pool = make_pool(FAST, *wires)
+    async with running(pool):
+        await until(lambda: pool.is_up("0"))
+        wires[1].is_cut = False
+        await until(lambda: pool.state("1") is EngineState.MISMATCH)
+        wires[1].is_cut = True
+        await until(lambda: pool.state("1") is EngineState.DOWN or pool.state("1") is EngineState.STARTING)
+        other.model = first.model
+        wires[1].is_cut = False
+        await until(lambda: pool.is_up("1"))
+    said = "engine 1 does not fit: the engine serves a finetune, the other engines fake-llava; if it is the same model"
+    assert caplog.text.count(said) == 1
+
+
 async def test_engine_of_another_rule_is_not_up_and_requests_learn_why(engine: FakeEngine) -> None:
     assert engine.geometry is not None
     engine.geometry = {**engine.geometry, "geometry": {**engine.geometry["geometry"], "rule_version": 99}}
