@@ -20,6 +20,7 @@ A second signal ends the wait, and so does a timeout of 0, vLLM's default.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import signal
@@ -126,7 +127,8 @@ class DrainMiddleware:
             self._is_cut_off = True
             for work in self._running:
                 work.cancel()
-            await asyncio.wait([asyncio.ensure_future(self._idle.wait())], timeout=_CUT_OFF_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), _CUT_OFF_SECONDS)
         server.config.timeout_graceful_shutdown = _CUT_OFF_SECONDS
         server.should_exit = True
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+from deploy.generated import write_or_check
 from deploy.grafana.engine import engine
 from deploy.grafana.gateway import gateway
 from deploy.grafana.visual_tokens import visual_tokens
@@ -30,17 +31,8 @@ def render() -> dict[Path, str]:
 
 def main() -> int:
     files = render()
-    if sys.argv[1:] == ["--check"]:
-        stale = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
-        stale += [path for path in FOLDER.glob("*.json") if path not in files]
-        for path in stale:
-            print(f"{path} is not what deploy/grafana/*.py makes; run: make dashboards", file=sys.stderr)
-        return 1 if stale else 0
-    FOLDER.mkdir(exist_ok=True)
-    for path, text in files.items():
-        path.write_text(text)
-        print(path)
-    return 0
+    strangers = [path for path in FOLDER.glob("*.json") if path not in files]
+    return write_or_check(files, sys.argv[1:], "is not what deploy/grafana/*.py makes; run: make dashboards", strangers)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from deploy.generated import write_or_check
+
 _RULES: Final = Path(__file__).parents[1] / "prometheus" / "rules"
 _OUTPUT: Final = Path(__file__).parent / "monitoring" / "prometheus_rules.yaml"
 
@@ -44,18 +46,8 @@ def _groups(path: Path) -> str:
 
 
 def main() -> int:
-    files = render()
-    if sys.argv[1:] == ["--check"]:
-        stale = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
-        for path in stale:
-            print(
-                f"{path} is not what deploy/prometheus/rules makes; run: python -m deploy.kubernetes", file=sys.stderr
-            )
-        return 1 if stale else 0
-    for path, text in files.items():
-        path.write_text(text)
-        print(path)
-    return 0
+    advice = "is not what deploy/prometheus/rules makes; run: python -m deploy.kubernetes"
+    return write_or_check(render(), sys.argv[1:], advice)
 
 
 if __name__ == "__main__":

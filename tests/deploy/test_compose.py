@@ -54,7 +54,7 @@ def interpolate(text: str) -> str:
 
 
 def seconds(text: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)([sm])", interpolate(text)).groups()  # type: ignore[union-attr]
+    number, unit = re.fullmatch(r"(\d+)([sm])", interpolate(text)).groups()
     return int(number) * (60 if unit == "m" else 1)
 
 
@@ -201,7 +201,7 @@ def test_memory_of_the_gateway_fits_its_buffers() -> None:
     """docs/operations.md: the process needs two to three times as much."""
     (gib,) = re.fullmatch(
         r"(\d+)gb", interpolate(SERVICES["gateway"]["deploy"]["resources"]["limits"]["memory"])
-    ).groups()  # type: ignore[union-attr]
+    ).groups()
     assert int(gib) * 2**30 >= 3 * Settings.model_fields["max_buffered_bytes"].default
 
 

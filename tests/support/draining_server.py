@@ -71,7 +71,7 @@ async def compute(seconds: float) -> None:
 
 
 async def main(port: int, shutdown_timeout: int, notice_seconds: float) -> None:
-    drain.NOTICE_SECONDS = notice_seconds  # type: ignore[misc]
+    drain.NOTICE_SECONDS = notice_seconds
     server = Server(uvicorn.Config(app, port=port, log_level="warning"))
     app.state.args, app.state.server = Namespace(shutdown_timeout=shutdown_timeout), server
     serving = asyncio.ensure_future(server.serve())

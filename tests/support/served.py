@@ -76,12 +76,17 @@ class Server:
         self.model = self.client.models.list().data[0].id
 
     def ask(self, *images: Image.Image, question: str = "What is this?", **options: Any) -> Any:
-        content: list[Any] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
-        content.append({"type": "text", "text": question})
-        options = {"max_tokens": 4, "temperature": 0, **options}
-        return self.client.chat.completions.create(
-            model=self.model, messages=[{"role": "user", "content": content}], **options
-        )
+        return ask(self.client, self.model, *images, question=question, **options)
+
+
+def ask(
+    client: openai.OpenAI, model: str, *images: Image.Image, question: str = "What is this?", **options: Any
+) -> Any:
+    """A short greedy answer about some images."""
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    content.append({"type": "text", "text": question})
+    options = {"max_tokens": 4, "temperature": 0, **options}
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], **options)
 
 
 @contextmanager
