@@ -2,7 +2,7 @@
 #
 #   gateway      the HTTP server: neither torch nor vLLM
 #   engine       vLLM's own image with the plugin, for NVIDIA GPUs
-#   engine-cpu   vLLM for CPUs with the plugin and the demo checkpoint, for a trial without a GPU or a network
+#   engine-cpu   vLLM for CPUs with the plugin and the demo model, for a trial without a GPU or a network
 #
 # Every image runs as user 10001 or any other, with a read-only root file system and without capabilities. What an
 # engine writes goes to /cache and /tmp, what the gateway writes to /tmp. The processes of an engine share memory, more
@@ -32,6 +32,11 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 RUN /opt/pip/bin/pip --python /opt/visiondrop/bin/python3 install --no-deps --no-index --root /staging /wheels/*.whl
 
 
+# The same without the weights of the demo model, which only an engine loads.
+FROM project AS gateway-project
+RUN find /staging -name model.safetensors -delete
+
+
 FROM pip AS gateway-environment
 RUN python3 -m venv --without-pip /opt/visiondrop
 COPY requirements/gateway.txt /tmp/
@@ -43,7 +48,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM ${PYTHON_IMAGE} AS gateway
 COPY --from=gateway-environment /opt/visiondrop /opt/visiondrop
-COPY --from=project /staging /
+COPY --from=gateway-project /staging /
 COPY deploy/image/healthcheck.py /opt/visiondrop/
 ENV PATH=/opt/visiondrop/bin:$PATH \
     HOME=/tmp \
@@ -137,7 +142,9 @@ RUN apt-get update \
 COPY --from=engine-cpu-environment /opt/visiondrop /opt/visiondrop
 COPY --from=project /staging /
 COPY deploy/image/healthcheck.py /opt/visiondrop/
-RUN /opt/visiondrop/bin/python3 -m vd_plugin.tools.demo_checkpoint /opt/visiondrop/demo-model
+# At a path that has no version of Python in it.
+RUN ln -s "$(/opt/visiondrop/bin/python3 -c 'import vd_plugin.demo as demo; print(demo.find_model())')" \
+        /opt/visiondrop/demo-model
 # VLLM_CPU_KVCACHE_SPACE is in GiB; without it the engine would take a share of the machine's memory, not the container's.
 ENV PATH=/opt/visiondrop/bin:$PATH \
     HOME=/cache \
@@ -167,11 +174,12 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
     CMD ["python3", "/opt/visiondrop/healthcheck.py", "http://127.0.0.1:8000/health"]
 ENTRYPOINT ["python3", "-m", "vd_plugin.engine"]
 CMD ["/opt/visiondrop/demo-model", "--host", "0.0.0.0", "--port", "8000", "--trust-request-mm-kwargs", \
-     "--shutdown-timeout", "60", "--max-model-len", "6144", "--max-num-seqs", "8"]
+     "--shutdown-timeout", "60", "--max-model-len", "6144", "--max-num-seqs", "8", \
+     "--served-model-name", "visiondrop-demo"]
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="VisionDrop engine for CPUs" \
-      org.opencontainers.image.description="vLLM for CPUs with the VisionDrop plugin and a demo checkpoint, for a trial" \
+      org.opencontainers.image.description="vLLM for CPUs with the VisionDrop plugin and the demo model, for a trial" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test clients check fix dashboards images images-test manifests lock clean
+.PHONY: help setup demo serve test accuracy clients check fix dashboards images images-test manifests lock clean
 
 PORT ?= 8000
 ARGS ?=
@@ -7,9 +7,8 @@ WORKERS ?= 2
 TARGETS ?= gateway engine
 
 bin := .venv/bin
-model := .cache/demo-model
 
-# In GiB; enough for the demo checkpoint. If unset, vLLM takes nearly all memory of a CPU machine, or refuses to start.
+# In GiB; enough for the demo model. If unset, vLLM takes nearly all memory of a CPU machine, or refuses to start.
 demo serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help: ## List the targets
@@ -18,16 +17,17 @@ help: ## List the targets
 setup: ## Create .venv and install the pinned packages (most targets do this first)
 	@deploy/setup.sh
 
-demo: setup ## Serve the demo checkpoint, ask about an image, show the tokens saved
-	@$(bin)/python -m vd_plugin.tools.demo_checkpoint $(model)
-	@$(bin)/visiondrop demo $(model)
+demo: setup ## Serve the demo model, ask about images, show answers and tokens saved (ARGS="--images FOLDER")
+	@$(bin)/visiondrop demo $(ARGS)
 
-serve: setup ## Serve the demo checkpoint until Ctrl-C (PORT=8000, ARGS="more options")
-	@$(bin)/python -m vd_plugin.tools.demo_checkpoint $(model)
-	@$(bin)/visiondrop serve $(model) --port $(PORT) $(ARGS)
+serve: setup ## Serve the demo model until Ctrl-C (PORT=8000, ARGS="more options")
+	@$(bin)/visiondrop serve --port $(PORT) $(ARGS)
 
 test: setup ## Run the tests (for example ARGS="-m 'not engine' -k schedule"; WORKERS=0 for one process)
 	@$(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+accuracy: setup ## Measure the demo model's answers at each budget (for example ARGS="--questions 120")
+	@$(bin)/python -m benchmarks.accuracy $(ARGS)
 
 clients: setup ## Install the clients that tests/clients uses (needs Node.js 20 or newer)
 	@PYTHON=$(bin)/python tests/clients/install.sh
@@ -57,6 +57,6 @@ manifests: setup ## Write Prometheus' rules for Kubernetes anew from deploy/prom
 lock: ## Update the pins within what pyproject.toml allows (then: make test)
 	@deploy/lock.sh
 
-clean: ## Remove .venv, the demo checkpoint and caches
+clean: ## Remove .venv and caches
 	@rm -rf .venv .cache tests/clients/js/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,6 +23,7 @@ from server.launcher.serve import run_gateway, run_serve, say, say_error
 from server.settings import Settings
 from server.telemetry.tracing import make_tracing
 from server.version import package_version
+from vd_plugin.demo import MODEL_NAME, find_model
 from vd_plugin.schedule import PRESETS
 from vd_plugin.wire import ERROR_PREFIX
 
@@ -79,6 +80,22 @@ def engine_command(model: str, engine_options: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "vd_plugin.engine", model, *engine_options]
 
 
+def _demo_command(engine_options: Sequence[str]) -> list[str]:
+    """How the engine is started where no model is named.
+
+    Raises:
+        SettingsError: the weights of the demo model are not installed.
+    """
+    try:
+        model = find_model()
+    except FileNotFoundError as error:
+        raise SettingsError(str(error)) from None
+    say("no MODEL is named (a folder, or a name on the hub): this is the demo model that comes with the package")
+    given = {option.partition("=")[0].replace("_", "-") for option in engine_options}
+    name = [] if "--served-model-name" in given else [f"--served-model-name={MODEL_NAME}"]
+    return engine_command(str(model), [*name, *engine_options])
+
+
 def _split_engine_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     arguments = list(argv)
     if "--" not in arguments:
@@ -104,7 +121,7 @@ def _make_parser(*, with_demo: bool) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="start an engine and serve it", usage=_SERVE_USAGE))
     _add_gateway(commands.add_parser("gateway", help="serve engines that run elsewhere"))
-    _add_demo(commands.add_parser("demo", help="serve a model, ask it about an image, show the savings"), with_demo)
+    _add_demo(commands.add_parser("demo", help="serve a model, ask it about images, show the savings"), with_demo)
     for name, purpose in _TOOLS.items():
         commands.add_parser(name, help=purpose, add_help=False)
     return parser
@@ -113,7 +130,7 @@ def _make_parser(*, with_demo: bool) -> argparse.ArgumentParser:
 _SETTINGS_NOTE: Final = (
     "All limits can be set by environment variables VISIONDROP_*, for example VISIONDROP_MAX_IMAGE_PIXELS=20000000."
 )
-_SERVE_USAGE: Final = "visiondrop serve MODEL [options] [-- ENGINE OPTIONS]"
+_SERVE_USAGE: Final = "visiondrop serve [MODEL] [options] [-- ENGINE OPTIONS]"
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +139,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "What follows -- goes to vLLM as it is, for example: -- --max-model-len 4096 --dtype bfloat16. "
         "An engine that stops while it serves is started again. " + _SETTINGS_NOTE
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder with a LLaVA checkpoint, or its name on the hub")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a folder with a LLaVA checkpoint, or its name on the hub "
+        f"(default: the demo model that comes with the package, served as {MODEL_NAME})",
+    )
     _add_server_options(parser)
     parser.add_argument(
         "--engine-log",
@@ -216,7 +239,10 @@ def _port(text: str) -> int:
 def _serve(options: argparse.Namespace) -> int:
     settings = _read_settings(options)
     _configure_logging()
-    command = engine_command(options.model, options.engine_options)
+    if options.model is None:
+        command = _demo_command(options.engine_options)
+    else:
+        command = engine_command(options.model, options.engine_options)
     run_serve(settings, Address(options.host, options.port), command, options.engine_log)
     return 0
 

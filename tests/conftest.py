@@ -45,21 +45,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint, a LLaVA-NeXT."""
-    from vd_plugin.tools.demo_checkpoint import build
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random checkpoint, a LLaVA-NeXT."""
+    from vd_plugin.tools.random_checkpoint import build
 
-    folder = tmp_path_factory.mktemp("checkpoints") / "demo"
+    folder = tmp_path_factory.mktemp("checkpoints") / "random"
     build(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def llava15(demo: Path) -> Path:
-    """A LLaVA-1.5 made from the demo checkpoint."""
+def llava15(random_model: Path) -> Path:
+    """A LLaVA-1.5 made from the random checkpoint."""
     from llava15_checkpoint import derive
 
-    return derive(demo, demo.parent / "llava15")
+    return derive(random_model, random_model.parent / "llava15")
 
 
 @pytest.fixture(scope="session", autouse=True)

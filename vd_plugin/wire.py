@@ -18,6 +18,3 @@ DRAINING: Final = "engine_draining"
 
 ERROR_PREFIX: Final = "visiondrop: error: "
 """How a program of ours begins the sentence that it leaves behind when its input is bad."""
-
-DEMO_MARKER: Final = "visiondrop_demo.json"
-"""The file by which a folder is known to hold the demo checkpoint."""

@@ -15,6 +15,7 @@ from dockerfile import PATH, Stage, stages
 from deploy.closure import subset
 from server import cli
 from server.settings import Settings
+from vd_plugin.demo import MODEL_NAME
 
 ROOT = PATH.parent
 STAGES = stages()
@@ -99,6 +100,17 @@ def test_engines_differ_only_where_they_must() -> None:
         assert gpu.last[word] == cpu.last[word], word
     shared = len(gpu.last["CMD"]) - 1
     assert gpu.last["CMD"][1:] == cpu.last["CMD"][1 : 1 + shared]
+
+
+def test_demo_model_is_where_an_engine_is_only() -> None:
+    text = PATH.read_text()
+    assert re.search(r"AS gateway\n(COPY .*\n)*COPY --from=gateway-project /staging /\n", text)
+    assert STAGES["gateway-project"].base == "project"
+    assert STAGES["gateway-project"].runs == ["find /staging -name model.safetensors -delete"]
+    stage = STAGES["engine-cpu"]
+    model = stage.last["CMD"][0]
+    assert any(run.startswith("ln -s ") and "find_model()" in run and run.endswith(f" {model}") for run in stage.runs)
+    assert option(stage, "--served-model-name") == MODEL_NAME
 
 
 @each_image

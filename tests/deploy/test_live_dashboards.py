@@ -56,13 +56,13 @@ class Monitored:
 
 
 @pytest.fixture(scope="module")
-def monitored(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
+def monitored(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     folder = tmp_path_factory.mktemp("monitored")
     keys = write_keys(
         folder, '[keys.shop]\nsecret = "open-sesame"\n[keys.trial]\nsecret = "abracadabra"\nrequests_per_minute = 1\n'
     )
     port, metrics_port, log = free_port(), free_port(), folder / "server.log"
-    command = ["serve", str(demo), "--port", str(port), "--metrics-port", str(metrics_port)]
+    command = ["serve", str(random_model), "--port", str(port), "--metrics-port", str(metrics_port)]
     engine = ["--", "--max-model-len", "6144", "--max-num-seqs", "4", "--enforce-eager", "--skip-mm-profiling"]
     settings = {f"VISIONDROP_{name}": value for name, value in {**SETTINGS, "API_KEYS_FILE": str(keys)}.items()}
     address = f"127.0.0.1:{metrics_port}"

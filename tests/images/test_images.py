@@ -20,6 +20,8 @@ from dockerfile import stages
 from engines import draw
 from served import ask
 
+from vd_plugin.demo import MODEL_NAME
+
 pytestmark = [pytest.mark.images, pytest.mark.slow]
 
 BUILT = ("gateway", "engine-cpu")
@@ -63,6 +65,13 @@ def test_gateway_holds_only_what_it_needs(module: str) -> None:
         assert "ModuleNotFoundError" in stopped.logs()
 
 
+def test_gateway_holds_no_weights() -> None:
+    code = "from vd_plugin.demo import find_model; find_model()"
+    with container(image("gateway"), "-c", code, options=("--entrypoint", "python3")) as stopped:
+        assert stopped.wait_status() == 1
+        assert "the weights of the demo model are not installed here" in stopped.logs()
+
+
 @pytest.mark.parametrize("target", BUILT)
 def test_nothing_of_the_building_machine_is_inside(target: str) -> None:
     left = ("/etc/pip.conf", "/src", "/wheels", "/root/.cache/pip")
@@ -93,7 +102,7 @@ def pair(report: str) -> Iterator[Pair]:
     with ExitStack() as stack:
         shared = stack.enter_context(volume())
         user = ("--user", NOBODY, "--volume", f"{shared}:/cache")
-        command = (MODEL, "--uds", SOCKET, *OPTIONS)
+        command = (MODEL, "--served-model-name", MODEL_NAME, "--uds", SOCKET, *OPTIONS)
         engine = stack.enter_context(
             container(image("engine-cpu"), *command, options=(*user, "--network", "none", "--shm-size", "1g"))
         )
@@ -113,8 +122,9 @@ def pair(report: str) -> Iterator[Pair]:
         yield Pair(engine, lambda: remaining.pop() if remaining else start_gateway(), was_ready)
 
 
-def ask_with_budget(client: openai.OpenAI, budget: str, **options: Any) -> Any:
-    return ask(client, MODEL, draw(672, 672), extra_body={"visual_token_budget": budget}, **options)
+def ask_with_budget(client: openai.OpenAI, budget: str, *, ignore_eos: bool = False, **options: Any) -> Any:
+    extra = {"visual_token_budget": budget, "ignore_eos": ignore_eos}
+    return ask(client, MODEL_NAME, draw(672, 672), extra_body=extra, **options)
 
 
 def stream(client: openai.OpenAI, began: Event) -> tuple[str | None, Any]:
@@ -125,7 +135,7 @@ def stream(client: openai.OpenAI, began: Event) -> tuple[str | None, Any]:
     """
     finish_reason, usage = None, None
     options = {"max_tokens": 60, "stream": True, "stream_options": {"include_usage": True}}
-    for number, chunk in enumerate(ask_with_budget(client, "low", **options)):
+    for number, chunk in enumerate(ask_with_budget(client, "low", ignore_eos=True, **options)):
         if number == 5:
             began.set()
         if chunk.choices:
@@ -156,10 +166,10 @@ def test_image_question_is_answered_and_what_is_written_stays_in_the_volume(pair
     assert not pair.was_ready_at_once, "an engine takes seconds at least: the check must be able to fail"
     gateway = pair.start_gateway()
     client = pair.client(gateway)
-    for budget, kept in (("low", 160), ("full", 2928)):
+    for budget, kept in (("low", 160), ("full", 1312)):
         usage = ask_with_budget(client, budget).usage
         assert usage.visual_tokens["kept"] == kept
-        assert usage.visual_tokens["full"] == 2928
+        assert usage.visual_tokens["full"] == 1312
     for each in (gateway, pair.engine):
         assert each.run("id", "-u").stdout.strip() == NOBODY.partition(":")[0]
         assert each.run("touch", "/opt/visiondrop/written").returncode != 0

@@ -18,6 +18,7 @@ from server import cli
 from server.http.listener import Address
 from server.http.middleware import REQUEST_LOG
 from server.settings import Settings
+from vd_plugin import demo
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,57 @@ def test_serve_passes_settings_address_and_engine_options(served: list[tuple[Any
     command = [sys.executable, "-m", "vd_plugin.engine", "model", "--max-model-len", "4096", "--", "x"]
     settings = Settings(default_budget="low", max_images_per_request=3)
     assert served == [(settings, Address("127.0.0.1", 0), command, Path("log"))]
+
+
+@pytest.fixture
+def demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A demo model that seems to be installed."""
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(demo, "MODEL_PATH", tmp_path)
+    return tmp_path
+
+
+def test_serve_without_a_model_takes_the_demo_model(
+    served: list[tuple[Any, ...]], demo_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("serve", "--port", "0", "--", "--max-num-seqs", "4") == 0
+    command = [sys.executable, "-m", "vd_plugin.engine", str(demo_model)]
+    assert served.pop()[2] == [*command, "--served-model-name=visiondrop-demo", "--max-num-seqs", "4"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("visiondrop: no MODEL is named")
+    assert "the demo model that comes with the package" in line
+
+
+@pytest.mark.parametrize(
+    "name", [["--served-model-name", "mine"], ["--served-model-name=mine"], ["--served_model_name", "mine"]]
+)
+def test_demo_model_can_have_another_name(served: list[tuple[Any, ...]], demo_model: Path, name: list[str]) -> None:
+    assert run("serve", "--", *name) == 0
+    assert served.pop()[2] == [sys.executable, "-m", "vd_plugin.engine", str(demo_model), *name]
+
+
+def test_model_may_follow_options(served: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--port", "0", "m"], ["m", "--port", "0"], ["--port", "0", "m", "--max-images", "3"]):
+        assert run("serve", *arguments) == 0
+        assert served.pop()[2] == [sys.executable, "-m", "vd_plugin.engine", "m"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_missing_weights_get_a_sentence(
+    served: list[tuple[Any, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setattr(demo, "MODEL_PATH", tmp_path)
+    assert run(command) == 1
+    assert capsys.readouterr().err == (
+        "visiondrop: error: the weights of the demo model are not installed here "
+        f"(no {tmp_path}/model.safetensors): name a MODEL\n"
+    )
+    assert not served
 
 
 def test_gateway_needs_an_engine_and_takes_several(
@@ -109,7 +161,7 @@ def test_limits_have_options_of_their_own(served: list[tuple[Any, ...]], tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["serve"], 2, "MODEL"),
+        (["serve", "m", "another"], 2, "another"),
         (["serve", "m", "--port", "99999"], 2, "from 0 to 65535"),
         (["serve", "m", "--max-model-len", "1"], 2, "go after --"),
         (["serve", "m", "--default-budget", "lots"], 1, "at least 32"),

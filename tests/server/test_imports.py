@@ -1,4 +1,4 @@
-"""The gateway runs where neither torch nor vLLM is installed, and knows only arithmetic and literals of the plugin."""
+"""The gateway runs where neither torch nor vLLM is installed. Of the plugin it knows arithmetic, literals, the demo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Wall(MetaPathFinder):
         top = name.partition(".")[0]
         if top in ("torch", "vllm", "transformers", "numpy", "openai", "opentelemetry"):
             raise ImportError(f"{name} is behind the wall")
-        if name.startswith("vd_plugin.") and name not in ("vd_plugin.schedule", "vd_plugin.wire"):
+        if name.startswith("vd_plugin.") and name.split(".")[1] not in ("schedule", "wire", "demo"):
             raise ImportError(f"{name} is behind the wall")
 
 for name in [name for name in sys.modules if name.partition(".")[0] in ("torch", "torchvision", "vd_plugin")]:
@@ -53,6 +53,13 @@ def test_gateway_imports_without_torch_vllm_and_the_plugin() -> None:
     files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "server").rglob("*.py")]
     modules = {".".join(path.parts).removesuffix(".__init__") for path in files}
     assert {"server", *result.stdout.split()} == modules
+
+
+def test_demo_is_imported_by_its_commands_alone() -> None:
+    result = run("import server.app, server.api, server.launcher.serve; print('vd_plugin.demo' in sys.modules)")
+    assert (result.returncode, result.stdout.strip()) == (0, "False"), result.stderr
+    result = run("import server.cli; print('vd_plugin.demo.scenes' in sys.modules)")
+    assert (result.returncode, result.stdout.strip()) == (0, "False"), result.stderr
 
 
 def test_the_wall_of_this_test_holds() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 
-def with_decoder(demo: Path, folder: Path, text: dict[str, Any]) -> Path:
-    """The demo checkpoint with another decoder around its weights."""
+def with_decoder(random_model: Path, folder: Path, text: dict[str, Any]) -> Path:
+    """The random checkpoint with another decoder around its weights."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(demo, folder)
+    shutil.copytree(random_model, folder)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"].update(text)
     (folder / "config.json").write_text(json.dumps(config))

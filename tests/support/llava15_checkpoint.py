@@ -1,6 +1,6 @@
-"""A tiny LLaVA-1.5, for where the golden vectors are absent: the demo checkpoint without what makes it LLaVA-NeXT.
+"""A tiny LLaVA-1.5, for where the golden vectors are absent: the random checkpoint without what makes it LLaVA-NeXT.
 
-Tower, projector, decoder and tokenizer are the demo's; tiles, grid pinpoints and the newline are gone.
+Tower, projector, decoder and tokenizer are the random one's; tiles, grid pinpoints and the newline are gone.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 
-def derive(demo: Path, folder: Path) -> Path:
-    """Write the LLaVA-1.5 that belongs to the demo checkpoint `demo` into the new folder `folder`."""
+def derive(random_model: Path, folder: Path) -> Path:
+    """Write the LLaVA-1.5 that belongs to the random checkpoint `random_model` into the new folder `folder`."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(demo, folder)
+    shutil.copytree(random_model, folder)
     config = _read(folder / "config.json")
     for key in ("image_grid_pinpoints", "use_image_newline_parameter"):
         del config[key]

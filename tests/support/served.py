@@ -90,11 +90,12 @@ def ask(
 
 
 @contextmanager
-def served_demo(demo: Path, folder: Path) -> Iterator[Server]:
-    """`visiondrop serve` with the demo checkpoint, started as fast as it can."""
+def served_model(model: Path | None, folder: Path) -> Iterator[Server]:
+    """`visiondrop serve`, started as fast as it can; without a model, it serves the demo model."""
     log, port = folder / "log", free_port()
+    named = [] if model is None else [str(model)]
     options = ("--", "--max-model-len", "6144", "--max-num-seqs", "4", "--enforce-eager", "--skip-mm-profiling")
-    with process("-m", "server.cli", "serve", str(demo), "--port", str(port), *options, log=log) as child:
+    with process("-m", "server.cli", "serve", *named, "--port", str(port), *options, log=log) as child:
         yield Server(child, port, log)
 
 

@@ -30,17 +30,17 @@ SAME = 1e-4
 
 
 def checkpoint(name: str, fallback: Path) -> Path:
-    """A recorded checkpoint, whose attention is not flat, or where there are none the demo's."""
+    """A recorded checkpoint, whose attention is not flat, or where there are none the random one."""
     folder = golden.ROOT / "public" / name / "model"
     return folder if folder.is_dir() else fallback
 
 
-def start_large(demo: Path) -> Engine:
-    """The demo checkpoint, with 16 seats and a KV cache that just holds two images of 2,928 tokens in full."""
+def start_large(random_model: Path) -> Engine:
+    """The random checkpoint, with 16 seats and a KV cache that just holds two images of 2,928 tokens in full."""
     if engines._running is not None and engines._running[1].llm.llm_engine.has_unfinished_requests():
         engines.stop()  # a failed test has left it broken
     return engines.start(
-        demo,
+        random_model,
         layers=LAYERS,
         max_num_seqs=16,
         num_gpu_blocks_override=1 + 2 * 4 * 23,

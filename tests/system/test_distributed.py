@@ -38,10 +38,10 @@ def ask_all(engine_url: str, folder: Path, *, at_once: bool) -> list[Outcome]:
 
 
 @pytest.fixture(scope="module")
-def alone(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Outcome]]:
+def alone(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Outcome]]:
     """The answers of one engine in one process, one after the other."""
     folder = tmp_path_factory.mktemp("alone")
-    engine = EngineServer(demo, folder / "engine")
+    engine = EngineServer(random_model, folder / "engine")
     try:
         engine.start()
         engine.wait_ready()
@@ -53,9 +53,9 @@ def alone(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list
 
 
 def test_two_data_parallel_ranks_answer_as_one_engine_and_both_work(
-    demo: Path, alone: list[Outcome], tmp_path: Path
+    random_model: Path, alone: list[Outcome], tmp_path: Path
 ) -> None:
-    engine = EngineServer(demo, tmp_path / "engine", "--data-parallel-size", "2")
+    engine = EngineServer(random_model, tmp_path / "engine", "--data-parallel-size", "2")
     try:
         engine.start()
         engine.wait_ready()
@@ -71,7 +71,7 @@ def test_two_data_parallel_ranks_answer_as_one_engine_and_both_work(
         engine.close()
 
 
-def test_engine_over_two_nodes_answers_as_one_engine(demo: Path, alone: list[Outcome], tmp_path: Path) -> None:
+def test_engine_over_two_nodes_answers_as_one_engine(random_model: Path, alone: list[Outcome], tmp_path: Path) -> None:
     """`node.sh` twice on this machine, which stands for two: no GPU, and no network between them."""
     port, log = free_port(), tmp_path / "head.log"
     options = ("--tensor-parallel-size", "2", *EXACT, "--enforce-eager", "--skip-mm-profiling")
@@ -81,7 +81,7 @@ def test_engine_over_two_nodes_answers_as_one_engine(demo: Path, alone: list[Out
     nodes: list[subprocess.Popen[bytes]] = []
     try:
         for rank, path in enumerate((log, tmp_path / "worker.log")):
-            command = [NODE, str(rank), "2", "127.0.0.1", str(demo), *options, *limits]
+            command = [NODE, str(rank), "2", "127.0.0.1", str(random_model), *options, *limits]
             with path.open("wb") as output:
                 nodes.append(
                     subprocess.Popen(

@@ -143,12 +143,12 @@ def image(seed: int, uuid: str | None = None) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def engine(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     log, port = tmp_path_factory.mktemp("engine") / "log", free_port()
     overrides = json.dumps({"visiondrop": {"allow_processor_kwargs": sorted(PROCESSOR_KWARGS)}})
     options = ["--max-model-len", "4096", "--max-num-seqs", "4", "--enforce-eager", "--hf-overrides", overrides]
     options += ["--dtype", "float32"]  # in half precision, a neighbour changes the last digits
-    with process("-m", "vd_plugin.engine", str(demo), "--port", str(port), *options, log=log) as child:
+    with process("-m", "vd_plugin.engine", str(random_model), "--port", str(port), *options, log=log) as child:
         wait_until_ready(f"http://127.0.0.1:{port}/health", child, log)
         cores = psutil.Process(child.pid).children(recursive=True)
         yield Engine(f"http://127.0.0.1:{port}")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import Distribution, distribution, distributions
@@ -119,18 +120,44 @@ def test_cpu_support_acts_in_every_process() -> None:
     assert output.stdout.split() == ["True", "False"], "(the hook ran, something heavy was imported)"
 
 
-def test_wheel_holds_both_packages_and_the_hook(tmp_path: Path) -> None:
+DEMO_MODEL = {
+    f"vd_plugin/demo/model/{name}"
+    for name in (
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
+        "processor_config.json", "tokenizer.json", "tokenizer_config.json",
+    )
+}  # fmt: skip
+
+
+def _build(target: str, folder: Path) -> None:
     pytest.importorskip("hatchling")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(folder)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+
+
+def test_wheel_holds_both_packages_the_demo_model_and_the_hook(tmp_path: Path) -> None:
+    _build("wheel", tmp_path)
     (wheel,) = tmp_path.glob("visiondrop-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"server/cli.py", "vd_plugin/register.py", "visiondrop_cpu.pth"} <= set(names)
+    entries = {entry.filename: entry.external_attr >> 16 for entry in zipfile.ZipFile(wheel).infolist()}
+    names = set(entries)
+    assert {"server/cli.py", "vd_plugin/register.py", "visiondrop_cpu.pth"} <= names
+    assert {name for name in names if name.startswith("vd_plugin/demo/model/")} == DEMO_MODEL
+    assert all(entries[name] & 0o444 == 0o444 for name in DEMO_MODEL), "an engine need not run as who installed it"
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {
         "server",
         "vd_plugin",
         "visiondrop_cpu.pth",
     }
+
+
+def test_source_distribution_holds_the_same_and_no_more(tmp_path: Path) -> None:
+    _build("sdist", tmp_path)
+    (sdist,) = tmp_path.glob("visiondrop-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in names if name.startswith("vd_plugin/demo/model/")} == DEMO_MODEL
+    assert {"server/cli.py", "vd_plugin/register.py", "vd_plugin/cpu/visiondrop_cpu.pth", "README.md"} <= names
+    assert not {name for name in names if name.startswith(("tests", "training", "benchmarks"))}
 
 
 def test_set_up_names_no_package_host() -> None:

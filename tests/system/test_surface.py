@@ -1,6 +1,6 @@
 """OpenAI's surface on the real engine: what it answers where the gateway only passes on, and that no request breaks it.
 
-One engine. The demo model's words mean nothing; its counts, formats and refusals do.
+One engine. The random model's words mean nothing; its counts, formats and refusals do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 from engines import draw
-from served import Server, data_url, served_demo
+from served import Server, data_url, served_model
 
 from vd_plugin.schedule import Geometry, resolve
 
@@ -30,18 +30,18 @@ TOOL = {"type": "function", "function": {"name": "look", "description": "Look.",
 
 
 @pytest.fixture(scope="module")
-def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served_demo(demo, tmp_path_factory.mktemp("surface")) as server:
+def server(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with served_model(random_model, tmp_path_factory.mktemp("surface")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def geometry(demo: Path) -> Geometry:
+def geometry(random_model: Path) -> Geometry:
     from transformers import AutoConfig
 
     from vd_plugin.options import read_geometry
 
-    return read_geometry(AutoConfig.from_pretrained(demo))
+    return read_geometry(AutoConfig.from_pretrained(random_model))
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_logprobs(server: Server) -> None:
 
 
 def test_formats_bind_the_answer(server: Server) -> None:
-    """A choice of words: an object of the demo model would be white space for ever."""
+    """A choice of words: an object of the random model would be white space for ever."""
     schema = {"name": "colour", "schema": {"enum": ["red", "green"]}}
     answer = pruned(server, max_tokens=12, response_format={"type": "json_schema", "json_schema": schema})
     assert json.loads(answer.choices[0].message.content) in ("red", "green")

@@ -43,9 +43,9 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder, port = tmp_path_factory.mktemp("two_engines"), free_port()
-    engines = [EngineServer(demo, folder / str(place)) for place in range(2)]
+    engines = [EngineServer(random_model, folder / str(place)) for place in range(2)]
     try:
         for engine in engines:
             engine.start()

@@ -73,10 +73,10 @@ def test_a_stage_marks_what_it_merges_into() -> None:
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["160", "full"])
-def test_the_command_writes_a_image_and_the_data(demo: Path, tmp_path: Path, budget: str) -> None:
+def test_the_command_writes_a_image_and_the_data(random_model: Path, tmp_path: Path, budget: str) -> None:
     source, out = tmp_path / "in.png", tmp_path / "out.png"
     draw(500, 400).save(source)
-    arguments = ["explain", str(source), "--model", str(demo), "--budget", budget, "--out", str(out)]
+    arguments = ["explain", str(source), "--model", str(random_model), "--budget", budget, "--out", str(out)]
     run = subprocess.run(
         [sys.executable, "-m", "server.cli", *arguments], capture_output=True, text=True, timeout=300, env=os.environ
     )

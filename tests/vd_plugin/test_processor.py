@@ -75,11 +75,11 @@ def _processor(folder: Path) -> Processor:
 
 
 @pytest.fixture
-def next_(demo: Path) -> Processor:
-    return _processor(demo)
+def next_(random_model: Path) -> Processor:
+    return _processor(random_model)
 
 
-@pytest.fixture(params=["demo", "llava15"])
+@pytest.fixture(params=["random_model", "llava15"])
 def processor(request: pytest.FixtureRequest) -> Processor:
     return _processor(request.getfixturevalue(request.param))
 
@@ -298,17 +298,17 @@ def test_what_is_no_image_is_neither_fetched_nor_opened(
 )
 @pytest.mark.parametrize("budget", ["full", 160])
 def test_pixels_that_are_no_numbers_are_refused(
-    request: pytest.FixtureRequest, demo: Path, kwargs: dict[str, Any], says: str, budget: Any
+    request: pytest.FixtureRequest, random_model: Path, kwargs: dict[str, Any], says: str, budget: Any
 ) -> None:
-    processor = Processor(demo, allowed=list(kwargs))
+    processor = Processor(random_model, allowed=list(kwargs))
     kept = processor.new_cache()
     for _ in range(2):
         with pytest.raises(VLLMValidationError, match=says):
             processor(PROMPT, [WIDE], {"visual_token_budget": budget, **kwargs}, cache=kept)
 
 
-def test_pixels_that_nobody_has_rescaled_are_accepted(demo: Path) -> None:
-    processor = Processor(demo, allowed=["do_rescale", "do_normalize"])
+def test_pixels_that_nobody_has_rescaled_are_accepted(random_model: Path) -> None:
+    processor = Processor(random_model, allowed=["do_rescale", "do_normalize"])
     processor(PROMPT, [WIDE], {"visual_token_budget": 160, "do_rescale": False})
     processor(PROMPT, [WIDE], {"visual_token_budget": 160, "do_normalize": False})
 
@@ -401,7 +401,7 @@ def test_hashes_differ_by_schedule_alone(processor: Processor) -> None:
     assert one_image == hashes[1:3]
 
 
-@pytest.mark.parametrize("name", ["demo", "llava15"])
+@pytest.mark.parametrize("name", ["random_model", "llava15"])
 def test_without_our_key_a_image_has_the_stock_hash(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     stock = Processor(folder, ours=False)
@@ -422,8 +422,8 @@ def test_without_our_key_a_image_has_the_stock_hash(name: str, request: pytest.F
 # The engine's default
 
 
-def test_the_engines_default_budget_and_a_requests_own(demo: Path, next_: Processor) -> None:
-    default = Processor(demo, mm_processor_kwargs={"visual_token_budget": 320})
+def test_the_engines_default_budget_and_a_requests_own(random_model: Path, next_: Processor) -> None:
+    default = Processor(random_model, mm_processor_kwargs={"visual_token_budget": 320})
     expected = {budget: next_.resolve(WIDE, budget).num_placeholders for budget in (320, 640, "full")}
     assert len(set(expected.values())) == 3
     kept = default.new_cache()
@@ -437,8 +437,8 @@ def test_the_engines_default_budget_and_a_requests_own(demo: Path, next_: Proces
     assert default("Only text", [])["prompt_token_ids"] == next_("Only text", [])["prompt_token_ids"]
 
 
-def test_a_requests_schedule_overrides_the_engines_default_budget(demo: Path) -> None:
-    default = Processor(demo, mm_processor_kwargs={"visual_token_budget": 320})
+def test_a_requests_schedule_overrides_the_engines_default_budget(random_model: Path) -> None:
+    default = Processor(random_model, mm_processor_kwargs={"visual_token_budget": 320})
     assert default.counts(PROMPT, [WIDE], {"visual_token_schedule": [[40, 6]]}) == [46 * 3]
 
 

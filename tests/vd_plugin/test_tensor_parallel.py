@@ -24,14 +24,14 @@ SUPPORT = HERE.parent / "support"
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_two_ranks_answer_as_one(demo: Path) -> None:
+def test_two_ranks_answer_as_one(random_model: Path) -> None:
     import engines
     from torch import tensor
     from torch.testing import assert_close
 
-    one = _observe(engines.start(demo).llm)
+    one = _observe(engines.start(random_model).llm)
     engines.stop()  # its memory and its threads are wanted
-    two = _run_on_two_ranks(demo)
+    two = _run_on_two_ranks(random_model)
 
     assert len(one["kept"]) == 1
     assert len(two["kept"]) == 2

@@ -35,9 +35,11 @@ from vd_plugin.validation import (
 
 
 @pytest.fixture(scope="module")
-def real(demo: Path) -> Any:
+def real(random_model: Path) -> Any:
     """What vLLM makes of our arguments; made without a complaint."""
-    return EngineArgs(**vd_plugin.engine_args(str(demo), visiondrop={"layers": []}, **FAST)).create_engine_config()
+    return EngineArgs(
+        **vd_plugin.engine_args(str(random_model), visiondrop={"layers": []}, **FAST)
+    ).create_engine_config()
 
 
 @pytest.fixture
@@ -86,13 +88,13 @@ def test_an_engine_setting_is_refused(config: Any, change: Callable[[Any], objec
         check_engine(config)
 
 
-def test_the_first_model_runner_is_refused(config: Any, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_model_runner_is_refused(config: Any, random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     envs.disable_envs_cache()  # which a running engine switches on
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with pytest.raises(NotImplementedError, match="set VLLM_USE_V2_MODEL_RUNNER=1"):
         check_engine(config)
     with pytest.raises(Exception, match="set VLLM_USE_V2_MODEL_RUNNER=1"):
-        EngineArgs(**vd_plugin.engine_args(str(demo), **FAST)).create_engine_config()
+        EngineArgs(**vd_plugin.engine_args(str(random_model), **FAST)).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -105,10 +107,10 @@ def test_the_first_model_runner_is_refused(config: Any, demo: Path, monkeypatch:
     ],
     ids=repr,
 )
-def test_vllm_asks_before_it_starts(demo: Path, arguments: dict[str, Any], says: str) -> None:
+def test_vllm_asks_before_it_starts(random_model: Path, arguments: dict[str, Any], says: str) -> None:
     """The check is reached on vLLM's own way to a configuration."""
     with pytest.raises(Exception, match=f"VisionDrop does not support .*{says}"):
-        EngineArgs(**vd_plugin.engine_args(str(demo), **{**FAST, **arguments})).create_engine_config()
+        EngineArgs(**vd_plugin.engine_args(str(random_model), **{**FAST, **arguments})).create_engine_config()
 
 
 MODELS: list[tuple[Callable[[Any], object], str]] = [
@@ -190,9 +192,9 @@ def test_settings_are_looked_at_again_when_they_are_final(
         check_final(staged)
 
 
-def test_the_front_end_always_sends_images(demo: Path) -> None:
+def test_the_front_end_always_sends_images(random_model: Path) -> None:
     """vLLM's caches by name, one on each side, drift apart: see `prepare_engine`."""
-    config = EngineArgs(**vd_plugin.engine_args(str(demo), **FAST)).create_engine_config()
+    config = EngineArgs(**vd_plugin.engine_args(str(random_model), **FAST)).create_engine_config()
     assert type(processor_cache_from_config(config)) is MultiModalProcessorOnlyCache
     assert engine_receiver_cache_from_config(config) is None
 
@@ -217,12 +219,12 @@ def test_an_unknown_decoder_is_refused_with_decoder_stages_alone(staged: Any) ->
 # engine_args
 
 
-def test_engine_args_add_to_what_they_are_given(demo: Path) -> None:
+def test_engine_args_add_to_what_they_are_given(random_model: Path) -> None:
     arguments = vd_plugin.engine_args(
-        str(demo), visiondrop={"layers": []}, max_model_len=99, hf_overrides={"vision_feature_layer": -1}
+        str(random_model), visiondrop={"layers": []}, max_model_len=99, hf_overrides={"vision_feature_layer": -1}
     )
     assert arguments == {
-        "model": str(demo),
+        "model": str(random_model),
         "max_model_len": 99,
         "hf_overrides": {
             "vision_feature_layer": -1,
@@ -262,8 +264,8 @@ def test_a_configuration_that_is_none_is_refused(tmp_path: Path, content: str) -
         vd_plugin.engine_args(str(tmp_path))
 
 
-def test_another_kind_of_checkpoint_is_refused(tmp_path: Path, demo: Path) -> None:
-    decoder = json.loads((demo / "config.json").read_text())["text_config"]
+def test_another_kind_of_checkpoint_is_refused(tmp_path: Path, random_model: Path) -> None:
+    decoder = json.loads((random_model / "config.json").read_text())["text_config"]
     (tmp_path / "config.json").write_text(json.dumps(decoder))
     with pytest.raises(ValueError, match="is a 'llama' checkpoint; VisionDrop serves llava_next and llava"):
         vd_plugin.engine_args(str(tmp_path))
@@ -282,9 +284,9 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path: Path, demo: Path) -> No
     ],
     ids=repr,
 )
-def test_unknown_options_are_refused(demo: Path, options: dict[str, Any]) -> None:
+def test_unknown_options_are_refused(random_model: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="visiondrop"):
-        vd_plugin.engine_args(str(demo), visiondrop=options)
+        vd_plugin.engine_args(str(random_model), visiondrop=options)
 
 
 @pytest.mark.parametrize("layers", [[1.0, 2, 3], [True, 2, 3], ["2", 4, 6], [None], {2, 4, 6}], ids=repr)
@@ -293,12 +295,12 @@ def test_depths_that_are_no_integers_are_refused(layers: Any) -> None:
         parse_options({"layers": layers})
 
 
-def test_overrides_by_a_function_are_refused(demo: Path) -> None:
+def test_overrides_by_a_function_are_refused(random_model: Path) -> None:
     with pytest.raises(ValueError, match="hf_overrides must be a mapping"):
-        vd_plugin.engine_args(str(demo), hf_overrides=lambda config: config)
+        vd_plugin.engine_args(str(random_model), hf_overrides=lambda config: config)
 
 
-def test_engine_args_may_come_before_vllm_is_imported(demo: Path) -> None:
+def test_engine_args_may_come_before_vllm_is_imported(random_model: Path) -> None:
     """transformers imports Triton on its way, which reads only then whether it is to interpret.
 
     Without vLLM's variables at that point the first request fails: "Cannot call @triton.jit'd outside of a kernel".
@@ -312,14 +314,16 @@ def test_engine_args_may_come_before_vllm_is_imported(demo: Path) -> None:
     if torch.version.cuda is not None:
         pytest.skip("Triton's interpreter is for machines without a GPU")
     fresh = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
-    ran = subprocess.run([sys.executable, "-c", code, str(demo)], env=fresh, capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(random_model)], env=fresh, capture_output=True, text=True, check=True
+    )
     assert ran.stdout.split() == ["InterpretedFunction", "True"]
 
 
-def test_options_within_hf_overrides_are_kept(demo: Path) -> None:
+def test_options_within_hf_overrides_are_kept(random_model: Path) -> None:
     """They are all that vLLM's own command line can say."""
     given = {"hf_overrides": {"visiondrop": {"layers": [1, 2, 3]}, "other": 1}}
-    merged = vd_plugin.engine_args(str(demo), **given)["hf_overrides"]
+    merged = vd_plugin.engine_args(str(random_model), **given)["hf_overrides"]
     assert (merged["visiondrop"], merged["other"]) == ({"layers": [1, 2, 3]}, 1)
-    argued = vd_plugin.engine_args(str(demo), visiondrop={"layers": []}, **given)["hf_overrides"]
+    argued = vd_plugin.engine_args(str(random_model), visiondrop={"layers": []}, **given)["hf_overrides"]
     assert argued["visiondrop"] == {"layers": []}

@@ -87,8 +87,8 @@ def test_an_image_is_ordered_as_the_reference_does(
 
 
 @pytest.fixture(scope="module")
-def engine(demo: Any) -> Engine:
-    return engines.start(demo)
+def engine(random_model: Any) -> Engine:
+    return engines.start(random_model)
 
 
 @pytest.mark.engine

@@ -209,7 +209,7 @@ def test_signals_are_taken_and_the_server_is_known_when_the_app_starts() -> None
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_the_tower_is_built_of_the_parts_that_we_run(demo: Any) -> None:
+def test_the_tower_is_built_of_the_parts_that_we_run(random_model: Any) -> None:
     """`run_tower` writes the last layer out by the names of its parts."""
     import engines
 
@@ -228,7 +228,7 @@ def test_the_tower_is_built_of_the_parts_that_we_run(demo: Any) -> None:
         assert attention.scale == attention.head_dim**-0.5
         assert isinstance(model.multi_modal_projector, nn.Module)
 
-    engines.start(demo).on_model(look)
+    engines.start(random_model).on_model(look)
 
 
 def test_our_processors_override_what_exists() -> None:

@@ -28,8 +28,8 @@ BAD: list[Any] = [0, 31, -1, 1.5, True, "lots", [320, 320]]
 
 
 @pytest.fixture(scope="module")
-def engine(demo: Any) -> Engine:
-    return engines.start(demo)
+def engine(random_model: Any) -> Engine:
+    return engines.start(random_model)
 
 
 @pytest.fixture(scope="module")

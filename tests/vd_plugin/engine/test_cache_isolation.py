@@ -40,8 +40,8 @@ ASKED: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def engine(demo: Any) -> Engine:
-    engine = engines.start(demo)
+def engine(random_model: Any) -> Engine:
+    engine = engines.start(random_model)
     config = engine.llm.llm_engine.vllm_config
     assert config.cache_config.enable_prefix_caching
     assert config.model_config.multimodal_config.mm_processor_cache_gb > 0
@@ -215,9 +215,9 @@ def _stock_kwargs(self: Any, inputs: Any, mm_is_cached: Any) -> Any:
     ],
 )
 def test_without_our_override_answers_are_wrong(
-    demo: Any, monkeypatch: pytest.MonkeyPatch, method: str, broken: Any, first: list[Any], then: list[Any]
+    random_model: Any, monkeypatch: pytest.MonkeyPatch, method: str, broken: Any, first: list[Any], then: list[Any]
 ) -> None:
-    engine = engines.start(demo)
+    engine = engines.start(random_model)
     prompt = TWO if len(then) == 2 else ONE
     images, budgets = _images(then)
     expected = _ask(engine, prompt, images, visual_token_budget=budgets)

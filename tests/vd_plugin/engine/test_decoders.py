@@ -1,6 +1,7 @@
 """The other decoders of published LLaVA-NeXT checkpoints, tiny and random, against the plain reference.
 
-Llama with grouped-query attention is the demo checkpoint itself (`test_stage_parity.py`). The others have its weights.
+Llama with grouped-query attention is the random checkpoint itself (`test_stage_parity.py`). The others have its
+weights.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
-def backbone(request: pytest.FixtureRequest, demo: Path) -> tuple[Engine, Reference]:
-    folder = with_decoder(demo, demo.parent / request.param, BACKBONES[request.param])
+def backbone(request: pytest.FixtureRequest, random_model: Path) -> tuple[Engine, Reference]:
+    folder = with_decoder(random_model, random_model.parent / request.param, BACKBONES[request.param])
     engine = engines.start(folder, layers=LAYERS)
     names = engine.on_model(lambda model: [type(model.language_model).__name__])
     assert names == BACKBONES[request.param]["architectures"]
@@ -70,16 +71,16 @@ def test_plans_and_answers_equal_the_reference(backbone: tuple[Engine, Reference
     assert float((answer.logprobs - expected.logprobs).abs().max()) < TOLERANCE
 
 
-def test_the_decoders_differ(backbone: tuple[Engine, Reference], demo: Path) -> None:
-    """Else a derived checkpoint would prove nothing that the demo has not."""
+def test_the_decoders_differ(backbone: tuple[Engine, Reference], random_model: Path) -> None:
+    """Else a derived checkpoint would prove nothing that the random one has not."""
     _, reference = backbone
     ids = reference.tokenize(PROMPTS["text"][0])
-    one, other = (model.generate(ids, num_tokens=1).logprobs for model in (reference, Reference(demo)))
+    one, other = (model.generate(ids, num_tokens=1).logprobs for model in (reference, Reference(random_model)))
     assert float((one - other).abs().max()) > 10 * TOLERANCE
 
 
-def test_a_sliding_window_is_refused(demo: Path) -> None:
-    folder = with_decoder(demo, demo.parent / "sliding", {**BACKBONES["mistral"], "sliding_window": 64})
+def test_a_sliding_window_is_refused(random_model: Path) -> None:
+    folder = with_decoder(random_model, random_model.parent / "sliding", {**BACKBONES["mistral"], "sliding_window": 64})
     engines.stop()
     try:
         with pytest.raises(NotImplementedError, match="VisionDrop prunes inside decoders of full attention only"):

@@ -1,7 +1,7 @@
 """The engine's encoder stage against the authors' recorded run and against the plain reference.
 
 Everything here runs on the model object of a started engine. Where the golden vectors are absent, the reference alone
-judges, on the demo checkpoint and on a LLaVA-1.5 made from it.
+judges, on the random checkpoint and on a LLaVA-1.5 made from it.
 
 On log-probabilities: on equal pixels engine and reference differ by float32 rounding alone (measured: at most 4e-5).
 So the whole run, image included, is compared on the pixels of the image processor that the engine uses (torchvision's
@@ -47,7 +47,7 @@ def recorded(request: pytest.FixtureRequest) -> tuple[Path, Engine]:
     return request.param, engines.start(request.param)
 
 
-@pytest.fixture(scope="module", params=["demo", "llava15"])
+@pytest.fixture(scope="module", params=["random_model", "llava15"])
 def built(request: pytest.FixtureRequest) -> tuple[Path, Engine]:
     folder = request.getfixturevalue(request.param)
     return folder, engines.start(folder)
@@ -156,7 +156,7 @@ def test_cls_alone_can_be_kept(built: tuple[Path, Engine]) -> None:
     assert_close(rows, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_of_the_demo_tower_is_not_flat(built: tuple[Path, Engine]) -> None:
+def test_attention_of_the_random_tower_is_not_flat(built: tuple[Path, Engine]) -> None:
     """Else a selection by anything would pass."""
     folder, engine = built
     pixels = _pixels(folder, draw(640, 320))

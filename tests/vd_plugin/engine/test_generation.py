@@ -26,8 +26,8 @@ TEXT = request("USER: What is it? ASSISTANT:")
 
 
 @pytest.fixture(scope="module")
-def engine(demo: Path) -> Engine:
-    return start_large(demo)
+def engine(random_model: Path) -> Engine:
+    return start_large(random_model)
 
 
 def outputs(engine: Engine, params: SamplingParams, *asked: dict[str, Any]) -> list[Any]:

@@ -41,8 +41,8 @@ class ImageRun:
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16"])
-def engine(request: pytest.FixtureRequest, demo: Path) -> Engine:
-    return engines.start(checkpoint("llavanext_m8", demo), layers=LAYERS, dtype=request.param)
+def engine(request: pytest.FixtureRequest, random_model: Path) -> Engine:
+    return engines.start(checkpoint("llavanext_m8", random_model), layers=LAYERS, dtype=request.param)
 
 
 def run(engine: Engine, batch: list[dict[str, Any]]) -> list[ImageRun]:

@@ -31,8 +31,8 @@ BEFORE, BEHIND = words(100), words(200, 1)
 
 
 @pytest.fixture(scope="module")
-def engine(demo: Path) -> Engine:
-    return start_large(demo)
+def engine(random_model: Path) -> Engine:
+    return start_large(random_model)
 
 
 @pytest.fixture

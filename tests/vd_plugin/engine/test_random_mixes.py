@@ -295,7 +295,7 @@ def start(configuration: Configuration, fallback: Path) -> Engine:
 @pytest.fixture(scope="module", params=CONFIGURATIONS, ids=lambda configuration: configuration.name)
 def maker(request: pytest.FixtureRequest) -> Maker:
     configuration = request.param
-    fallback = request.getfixturevalue("llava15" if configuration.checkpoint.startswith("llava15") else "demo")
+    fallback = request.getfixturevalue("llava15" if configuration.checkpoint.startswith("llava15") else "random_model")
     return Maker(start(configuration, fallback), configuration)
 
 

@@ -31,8 +31,8 @@ STOCK = {
 
 
 @pytest.fixture(scope="module")
-def folder(demo: Path) -> Path:
-    return checkpoint("llavanext_m8", demo)
+def folder(random_model: Path) -> Path:
+    return checkpoint("llavanext_m8", random_model)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def recorded(request: pytest.FixtureRequest) -> tuple[Path, Engine]:
     return request.param, engines.start(request.param, layers=layers)
 
 
-@pytest.fixture(scope="module", params=["demo", "llava15"])
+@pytest.fixture(scope="module", params=["random_model", "llava15"])
 def built(request: pytest.FixtureRequest) -> tuple[Path, Engine]:
     folder = request.getfixturevalue(request.param)
     return folder, engines.start(folder, layers=LAYERS)

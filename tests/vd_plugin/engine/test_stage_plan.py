@@ -23,7 +23,8 @@ from vd_plugin.tools import plan as tool
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=["llava15", "demo"])  # the first is the one that test_stage_parity leaves behind
+# The first is the one that test_stage_parity leaves behind.
+@pytest.fixture(scope="module", params=["llava15", "random_model"])
 def started(request: pytest.FixtureRequest) -> tuple[Path, Engine]:
     folder = request.getfixturevalue(request.param)
     return folder, engines.start(folder, layers=LAYERS)

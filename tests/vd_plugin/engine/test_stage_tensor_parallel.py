@@ -22,13 +22,13 @@ SUPPORT = Path(engines.__file__).parent
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2])
-def test_two_ranks_answer_as_one(demo: Path, tmp_path: Path, kv_heads: int) -> None:
+def test_two_ranks_answer_as_one(random_model: Path, tmp_path: Path, kv_heads: int) -> None:
     """All key heads, and grouped-query attention: there a rank has one key head of two.
 
-    On the demo checkpoint: towers of the recorded ones have three heads, which two ranks cannot share.
+    On the random checkpoint: towers of the recorded ones have three heads, which two ranks cannot share.
     """
     text = {"model_type": "llama", "num_key_value_heads": kv_heads}
-    folder = with_decoder(demo, tmp_path / "checkpoint", text)
+    folder = with_decoder(random_model, tmp_path / "checkpoint", text)
     engines.stop()
     output = tmp_path / "answers.json"
     environment = {

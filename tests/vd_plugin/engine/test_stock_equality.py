@@ -32,7 +32,7 @@ REQUESTS: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["demo", "llava15"])
+@pytest.fixture(scope="module", params=["random_model", "llava15"])
 def both(request: pytest.FixtureRequest) -> tuple[Engine, dict[str, Answer]]:
     """Our engine, and what the stock one answered before it."""
     folder = request.getfixturevalue(request.param)

@@ -1,4 +1,4 @@
-"""The demo checkpoint: a tiny LLaVA-NeXT with random weights, built here, without any hub.
+"""The random checkpoint: a tiny LLaVA-NeXT with random weights, built here for tests, without any hub.
 
 It has every part of a published checkpoint, under the published names, so that it goes through the same code: a CLIP
 tower at the real image and patch size (real token counts), a projector, a Llama decoder with grouped-query attention,
@@ -10,7 +10,7 @@ is noise.
   published checkpoints nor vLLM 0.32 use (`vision_tower.embeddings` for `vision_tower.vision_model.embeddings`).
 * `build` is atomic (a temporary folder, then a rename) and does nothing where this very version has been built.
 
-    python -m vd_plugin.tools.demo_checkpoint PATH
+    python -m vd_plugin.tools.random_checkpoint PATH
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vd_plugin.wire import DEMO_MARKER
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Generator, Tensor
+
+_MARKER: Final = "visiondrop_random.json"
+"""The file by which a folder is known to hold the random checkpoint."""
 
 _SEED: Final = 20251228
 
@@ -132,7 +133,7 @@ def build(path: str | Path) -> bool:
     if _marker_of(target) == _version():
         return False
     if target.exists() and _marker_of(target) is None and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is no demo checkpoint; name another folder or remove it")
+        raise FileExistsError(f"{target} exists and is no random checkpoint; name another folder or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         fresh, old = Path(temporary, "new"), Path(temporary, "old")
@@ -151,7 +152,7 @@ def _version() -> str:
 
 def _marker_of(folder: Path) -> str | None:
     try:
-        return str(json.loads((folder / DEMO_MARKER).read_text())["version"])
+        return str(json.loads((folder / _MARKER).read_text())["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -167,7 +168,7 @@ def _write_all(folder: Path) -> None:
     save_file(_make_tensors(tokenizer), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
     # Last, so that a folder with a marker is whole.
-    (folder / DEMO_MARKER).write_text(json.dumps({"version": _version()}) + "\n")
+    (folder / _MARKER).write_text(json.dumps({"version": _version()}) + "\n")
 
 
 def _make_tokenizer() -> Tokenizer:
@@ -347,23 +348,23 @@ def _is_readable(tokenizer: Tokenizer, token: int) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vd_plugin.tools.demo_checkpoint", description=_summary())
+    parser = argparse.ArgumentParser(prog="python -m vd_plugin.tools.random_checkpoint", description=_summary())
     parser.add_argument("path", type=Path, help="folder to make")
     path: Path = parser.parse_args(arguments).path
     started = time.perf_counter()
     try:
         built = build(path)
     except OSError as error:
-        print(f"The demo checkpoint could not be built: {error}", file=sys.stderr)
+        print(f"The random checkpoint could not be built: {error}", file=sys.stderr)
         return 1
     if built:
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
         print(
-            f"Built the demo checkpoint in {path}: {_num_parameters() / 1e6:.1f} million random weights, "
+            f"Built the random checkpoint in {path}: {_num_parameters() / 1e6:.1f} million random weights, "
             f"{num_bytes / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s."
         )
     else:
-        print(f"The demo checkpoint in {path} is up to date.")
+        print(f"The random checkpoint in {path} is up to date.")
     return 0
 
 

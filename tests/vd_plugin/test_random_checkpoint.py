@@ -1,36 +1,26 @@
-"""The demo checkpoint: same bytes every time, published names and shapes, one <image> for each image."""
+"""The random checkpoint: same bytes every time, published names and shapes, one <image> for each image."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
+import checkpoint_laws as laws
 import pytest
-from safetensors import safe_open
-from tokenizers import Tokenizer
 
-from vd_plugin.tools import demo_checkpoint
-from vd_plugin.tools.demo_checkpoint import build, main
+from vd_plugin.tools import random_checkpoint
+from vd_plugin.tools.random_checkpoint import build, main
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "model"
+    path = tmp_path_factory.mktemp("random") / "model"
     assert build(path)
     return path
 
 
 def _hashes(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
-
-
-def _render(model: Path, messages: list[dict[str, object]]) -> str:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return text
 
 
 def test_is_small_and_the_same_every_time(model: Path, tmp_path: Path) -> None:
@@ -48,7 +38,7 @@ def test_second_build_does_nothing(model: Path) -> None:
 def test_another_version_is_replaced_whole(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    (model / "visiondrop_demo.json").write_text('{"version": "older"}')
+    (model / "visiondrop_random.json").write_text('{"version": "older"}')
     (model / "left.over").touch()
     assert build(model)
     assert not (model / "left.over").exists()
@@ -59,7 +49,7 @@ def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def break_off(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_checkpoint, "_make_tensors", break_off)
+    monkeypatch.setattr(random_checkpoint, "_make_tensors", break_off)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -68,50 +58,31 @@ def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_foreign_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "precious.txt").touch()
     assert main([str(tmp_path)]) == 1
-    assert "is no demo checkpoint" in capsys.readouterr().err
+    assert "is no random checkpoint" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["precious.txt"]
 
 
 def test_transformers_finds_every_tensor(model: Path) -> None:
-    from transformers import LlavaNextForConditionalGeneration
-
-    _, report = LlavaNextForConditionalGeneration.from_pretrained(model, output_loading_info=True)
-    assert not any(report.values()), report
+    laws.assert_transformers_finds_every_tensor(model)
 
 
-def test_tower_has_published_names(model: Path) -> None:
-    with safe_open(model / "model.safetensors", "pt") as tensors:
-        names = set(tensors.keys())
-    assert "vision_tower.vision_model.embeddings.class_embedding" in names
-    assert {name.split(".")[0] for name in names} == {
-        "image_newline",
-        "language_model",
-        "multi_modal_projector",
-        "vision_tower",
-    }
+def test_tensors_have_published_names(model: Path) -> None:
+    laws.assert_tensors_have_published_names(model)
 
 
 def test_image_costs_as_much_as_in_the_real_model(model: Path) -> None:
-    from PIL import Image
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(model)
-    inputs = processor(images=Image.new("RGB", (672, 672)), text="<image>", return_tensors="pt")
-    image_token = json.loads((model / "config.json").read_text())["image_token_index"]
-    assert tuple(inputs["pixel_values"].shape) == (1, 5, 3, 336, 336)
-    assert int((inputs["input_ids"] == image_token).sum()) == 576 + 48 * 49
+    laws.assert_image_costs(model, 672, tokens=576 + 48 * 49)
 
 
-@pytest.mark.parametrize("text", ["What is in the picture?", "naïve 日本 😀\n\ttabs", "<image> USER:"])
+@pytest.mark.parametrize("text", ["What is in the image?", "naïve 日本 😀\n\ttabs", "<image> USER:"])
 def test_tokenizer_loses_nothing(model: Path, text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+    laws.assert_tokenizer_loses_nothing(model, text)
 
 
 @pytest.mark.parametrize("kind", ["image", "image_url"])
 def test_template_places_one_token_for_each_image(model: Path, kind: str) -> None:
     content = [{"type": "text", "text": "First: "}, {"type": kind}, {"type": "text", "text": "then: "}, {"type": kind}]
-    assert _render(model, [{"role": "user", "content": content}]) == (
+    assert laws.render(model, [{"role": "user", "content": content}]) == (
         "<s>USER: First: <image>\nthen: <image>\n ASSISTANT:"
     )
 
@@ -123,6 +94,6 @@ def test_template_takes_plain_text_and_a_conversation(model: Path) -> None:
         {"role": "assistant", "content": "A cat."},
         {"role": "user", "content": "Sure?"},
     ]
-    assert _render(model, messages) == (
+    assert laws.render(model, messages) == (
         "<s>Be brief. USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:"
     )

@@ -1,0 +1,1 @@
+"""Training of the demo model: see README.md beside this file."""
