@@ -34,17 +34,15 @@ import httpx
 from server.launcher.serve import say, say_error
 from vd_plugin.demo import MODEL_PATH, find_model
 from vd_plugin.demo.questions import make_questions, normalize
-from vd_plugin.demo.scenes import Scene, draw, make_scene
+from vd_plugin.demo.scenes import FIRST_HELD_OUT_SEED, Scene, draw, make_scene
 from vd_plugin.schedule import FULL, PRESETS
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-_FIRST_SEED: Final = 1 << 41
-"""No scene from here on was used in training."""
 _SCENES: Final = ((51, "color"), (106, "number"), (87, "neighbor"), (19, "position"))
-"""Scenes, counted from the first seed, and what kind of question is asked about each. The demo model knows the answers;
-how often it does not, docs/accuracy.md tells."""
+"""Scenes, counted from the first held-out seed, and what kind of question is asked about each. The demo model knows
+the answers; how often it does not, docs/accuracy.md tells."""
 _WARM_UP: Final = (16, "color")
 _BACKGROUNDS: Final = 1000
 """From one seed to the next with the same scene: only the background differs."""
@@ -148,7 +146,7 @@ def make_tasks(repeats: int = 1) -> list[Task]:
 
 
 def _make_task(number: int, kind: str, repeat: int = 0) -> Task:
-    seed = _FIRST_SEED + number
+    seed = FIRST_HELD_OUT_SEED + number
     scene = make_scene(seed, fonts=_FONTS)
     question = next(question for question in make_questions(scene, seed) if question.kind == kind)
     return Task(replace(scene, seed=seed + repeat * _BACKGROUNDS), question.text, question.answer)

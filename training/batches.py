@@ -25,11 +25,13 @@ from vd_plugin.demo import MODEL_PATH
 from vd_plugin.demo.questions import Question, choose, make_questions
 from vd_plugin.demo.scenes import COLORS, SHAPES, Scene, draw, draw_shape, get_font, label_font, make_scene, text_origin
 from vd_plugin.demo.words import TRAINING_WORDS
+from vd_plugin.model_config import read_model_config
+from vd_plugin.options import read_geometry
+from vd_plugin.tools.provenance import Origin, stock_origins
 
-TILE, PATCH = 224, 14
+GEOMETRY = read_geometry(read_model_config(MODEL_PATH))
+TILE, PATCH = GEOMETRY.tile_size, GEOMETRY.patch_size
 SIDE = TILE // PATCH
-PINPOINTS = ((224, 448), (448, 224), (448, 448), (672, 224), (224, 672))
-"""(height, width), as in the checkpoint's configuration."""
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_THINGS = 28
@@ -69,7 +71,6 @@ class Plan:
     keep: float
     """Share of each view's patches that the network sees."""
     questions: int
-    max_slots: int = 9
     small: bool = True
     """Whether there are small shapes and signs."""
 
@@ -165,7 +166,7 @@ def _make_scene(plan: Plan, seed: int, words: bool) -> Scene:
     """The tower alone is shown crowded scenes, most of them full of text: characters take it longest."""
     crowded = {} if plan.questions else {"min_slots": 6, "text": 0.28 if seed % 3 == 0 else 0.75}
     return make_scene(
-        seed, plan.width, plan.height, max_slots=plan.max_slots, small=plan.small,
+        seed, plan.width, plan.height, small=plan.small,
         words=TRAINING_WORDS if words and plan.questions else (), **crowded,
     )  # fmt: skip
 
@@ -227,8 +228,7 @@ def label_maps(scene: Scene) -> tuple[Image.Image, Image.Image]:
         if thing.label:
             texts.append((thing.label, thing.box, label_font(thing)))
     for text, box, font in texts:
-        center = ((box.left + box.right) / 2, (box.top + box.bottom) / 2)
-        x, y = text_origin(text, center, font)
+        x, y = text_origin(text, box.center, font)
         _, top, _, bottom = font.getbbox(text)
         for i, character in enumerate(text):
             left, right = font.getlength(text[:i]), font.getlength(text[: i + 1])
@@ -303,15 +303,16 @@ def prepare(raw: Raw, device: torch.device, dtype: torch.dtype, seed: int) -> tu
     """Cut views, make labels, and choose which tokens the decoder sees."""
     images = raw.images.to(device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32)
     maps = torch.stack((raw.things, raw.characters), dim=1).to(device, non_blocking=True)
-    pixels, grid = cut(images, raw.plan.tiled, bicubic=True)
+    pixels = cut(images, raw.plan.tiled, bicubic=True)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
     pixels = ((pixels / 255 - mean) / std).to(dtype)
-    views, _ = cut(maps.to(torch.float32), raw.plan.tiled, bicubic=False)
+    views = cut(maps.to(torch.float32), raw.plan.tiled, bicubic=False)
     cells = views.view(*views.shape[:3], SIDE, PATCH, SIDE, PATCH)
     things = _pool(cells[:, :, 0]).flatten(2)
     characters = _pool(cells[:, :, 1].unflatten(-1, (2, PATCH // 2)).movedim(-2, 2)).movedim(2, -1).flatten(2, 3)
     labels = Labels.of(things, characters, raw.shapes.to(device), raw.colors.to(device))
-    order = stock_order(raw.plan.height, raw.plan.width, grid).to(device)
+    order = stock_order(raw.plan.height, raw.plan.width) if raw.plan.tiled else torch.arange(SIDE * SIDE)
+    order = order.to(device)
     chosen = None
     if raw.plan.keep < 1:
         chosen, order = _choose(order, labels.foreground, raw.plan.keep, seed)
@@ -334,8 +335,8 @@ def _pool(cells: Tensor) -> Tensor:
     return (cells.amax(dim=(-3, -1)) * covered).long()
 
 
-def cut(images: Tensor, tiled: bool, *, bicubic: bool) -> tuple[Tensor, tuple[int, int]]:
-    """(B, C, height, width) -> (B, V, C, 224, 224), base view first, and the rows and columns of tiles.
+def cut(images: Tensor, tiled: bool, *, bicubic: bool) -> Tensor:
+    """(B, C, height, width) -> (B, V, C, 224, 224), base view first.
 
     The same steps as LLaVA-NeXT's image processor: the base view is the image squeezed into a square; the tiles are cut
     from the image fitted into the best pinpoint, centred on black.
@@ -350,25 +351,16 @@ def cut(images: Tensor, tiled: bool, *, bicubic: bool) -> tuple[Tensor, tuple[in
 
     base = resize(TILE, TILE).unsqueeze(1)
     if not tiled:
-        return base, (0, 0)
+        return base
     height, width = images.shape[-2:]
-    target_height, target_width = best_pinpoint(height, width)
+    rows, columns = GEOMETRY.tile_grid(height, width)
+    target_height, target_width = rows * TILE, columns * TILE
     fitted_height, fitted_width = fit(height, width, target_height, target_width)
     fitted = resize(fitted_height, fitted_width)
     left, top = (target_width - fitted_width) // 2, (target_height - fitted_height) // 2
     padded = F.pad(fitted, (left, target_width - fitted_width - left, top, target_height - fitted_height - top))
-    rows, columns = target_height // TILE, target_width // TILE
     tiles = padded.unflatten(-1, (columns, TILE)).unflatten(-3, (rows, TILE)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    return torch.cat((base, tiles), dim=1), (rows, columns)
-
-
-def best_pinpoint(height: int, width: int) -> tuple[int, int]:
-    def rank(pinpoint: tuple[int, int]) -> tuple[int, int]:
-        scale = min(pinpoint[1] / width, pinpoint[0] / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        return effective, effective - pinpoint[0] * pinpoint[1]
-
-    return max(PINPOINTS, key=rank)
+    return torch.cat((base, tiles), dim=1)
 
 
 def fit(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
@@ -379,26 +371,17 @@ def fit(height: int, width: int, target_height: int, target_width: int) -> tuple
     return target_height, min(-int(-(width * scale_height) // 1), target_width)
 
 
-def stock_order(height: int, width: int, grid: tuple[int, int]) -> Tensor:
+def stock_order(height: int, width: int) -> Tensor:
     """(K,) indices into the patches of all views, in the stock model's order; -1 is the newline after a row."""
-    base = torch.arange(SIDE * SIDE)
-    rows, columns = grid
-    if rows == 0:
-        return base
-    tiles = torch.arange(SIDE * SIDE, (1 + rows * columns) * SIDE * SIDE)
-    plane = tiles.view(rows, columns, SIDE, SIDE).permute(0, 2, 1, 3).reshape(rows * SIDE, columns * SIDE)
-    # transformers' unpad_image, with its rounding.
-    current_height, current_width = plane.shape
-    if width / height > current_width / current_height:
-        new = int(round(height * (current_width / width), 7))
-        padding = (current_height - new) // 2
-        plane = plane[padding : current_height - padding]
-    else:
-        new = int(round(width * (current_height / height), 7))
-        padding = (current_width - new) // 2
-        plane = plane[:, padding : current_width - padding]
-    newline = torch.full((len(plane), 1), -1)
-    return torch.cat((base, torch.cat((plane, newline), dim=1).flatten()))
+    columns = GEOMETRY.tile_grid(height, width)[1]
+
+    def index(origin: Origin) -> int:
+        if origin.view is None:
+            return -1
+        tile = 0 if origin.view == "base" else 1 + origin.row // SIDE * columns + origin.column // SIDE
+        return (tile * SIDE + origin.row % SIDE) * SIDE + origin.column % SIDE
+
+    return torch.tensor([index(origin) for origin in stock_origins(GEOMETRY, height, width)])
 
 
 def _choose(order: Tensor, foreground: Tensor, keep: float, seed: int) -> tuple[Tensor, Tensor]:

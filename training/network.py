@@ -49,16 +49,17 @@ class TowerAttention(nn.Module):
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Of the first `num_queries` tokens, or of all, what they gather from all."""
+        q, k, v = self._split(self.q_proj(x[:, :num_queries])), self._split(self.k_proj(x)), self._split(self.v_proj(x))
         return self.out_proj(_attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def attention_of_cls(self, x: Tensor) -> Tensor:
         """(B, heads, N) softmax of the CLS query over all tokens, float32; what VisionDrop scores patches by."""
-        q = self.q_proj(x[:, :1]).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()
-        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).float()
+        q, k = self._split(self.q_proj(x[:, :1])).float(), self._split(self.k_proj(x)).float()
         return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1).squeeze(2)
 
 
@@ -132,13 +133,7 @@ class Tower(nn.Module):
         features = x
         # Of the last layer only CLS is wanted.
         last = self.encoder.layers[-1]
-        normed = last.layer_norm1(x)
-        attention = last.self_attn
-        q = attention.q_proj(normed[:, :1]).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        k, v = (
-            p(normed).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for p in (attention.k_proj, attention.v_proj)
-        )
-        cls = x[:, :1] + attention.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        cls = x[:, :1] + last.self_attn(last.layer_norm1(x), num_queries=1)
         cls = cls + last.mlp(last.layer_norm2(cls))
         return features, self.post_layernorm(cls).squeeze(1)
 

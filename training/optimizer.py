@@ -79,8 +79,8 @@ class Optimizer:
         self._adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0)
         self._parameters = [*matrices, *others, *projector]
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, and forget the gradients. Returns their norm."""
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update, and forget the gradients. Returns their norm, still on the device."""
         norm = nn.utils.clip_grad_norm_(self._parameters, 1.0)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate * group["share"]
@@ -88,7 +88,7 @@ class Optimizer:
         self._muon.step(learning_rate)
         for parameter in self._parameters:
             parameter.grad = None
-        return norm  # type: ignore[return-value]  # a tensor: reading it would wait for the device
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         return {"muon": self._muon.state_dict(), "adam": self._adam.state_dict()}

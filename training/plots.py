@@ -48,7 +48,7 @@ def draw_curves(entries: list[dict[str, Any]], path: Path) -> None:
     left.legend(frameon=False)
     exact: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for entry in entries:
-        if entry["kind"] == "evaluation" and "keep" not in entry["what"].replace("keep 1.0", ""):
+        if entry["kind"] == "evaluation" and entry["what"].endswith("keep 1.0"):
             for half in ("easy", "hard"):
                 exact[f"{entry['what'].removesuffix(' keep 1.0')}, {half}"].append(
                     (entry["minutes"], entry["exact"][half])

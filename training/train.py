@@ -98,15 +98,19 @@ class Run:
         return Path(self.arguments.out, "state.pt")
 
     @property
+    def _share(self) -> float:
+        """Of the run's time that has passed."""
+        return min(1.0, float(self.elapsed / (60 * self.arguments.minutes)))
+
+    @property
     def progress(self) -> float:
-        share = min(1.0, self.elapsed / (60 * self.arguments.minutes))
-        return float(self.arguments.start + (1 - self.arguments.start) * share)
+        """Through the curriculum."""
+        return float(self.arguments.start + (1 - self.arguments.start) * self._share)
 
     def learning_rate(self) -> float:
         """Up over the first steps, constant, and down to nothing over the last 45 % of the time."""
-        share = min(1.0, self.elapsed / (60 * self.arguments.minutes))
         warm = min(1.0, (self.step + 1) / 100)
-        return float(self.arguments.learning_rate * warm * min(1.0, max(0.02, (1 - share) / 0.45)))
+        return float(self.arguments.learning_rate * warm * min(1.0, max(0.02, (1 - self._share) / 0.45)))
 
     def resume(self) -> None:
         if self._state_file.exists():
@@ -137,10 +141,10 @@ class Run:
         temporary = self._state_file.with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self._state_file)
-        weights = {k: v.to(torch.float16).cpu().contiguous() for k, v in self.network.state_dict().items()}
-        heads = {name: weights.pop(name) for name in list(weights) if name.startswith("heads.")}
-        save_file(weights, Path(self.arguments.out, "model.safetensors"), metadata={"format": "pt"})
-        save_file(heads, Path(self.arguments.out, "heads.safetensors"))
+        heads = self.network.heads.state_dict(prefix="heads.")
+        for name, tensors in (("model", self.network.checkpoint()), ("heads", heads)):
+            halved = {name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(halved, Path(self.arguments.out, f"{name}.safetensors"), metadata={"format": "pt"})
 
     def train(self) -> None:
         arguments = self.arguments
@@ -203,15 +207,12 @@ class Run:
             answer = F.cross_entropy(logits[:number], batch.wanted[:number])
             # What is asked for is there, mostly: questions are captions, too.
             prompt = F.cross_entropy(logits[number:], batch.wanted[number:])
-            loss = loss + 0.2 * prompt
             words = word_loss(self.network, features, labels, batch)
-            losses |= {"words": words}
-            loss = loss + 0.5 * words
-            losses |= {"answer": answer, "right": (logits.argmax(-1) == batch.wanted)[:number].float().mean()}
-            losses["prompt"] = prompt
-            loss = loss + answer
+            right = (logits.argmax(-1) == batch.wanted)[:number].float().mean()
+            losses |= {"words": words, "answer": answer, "right": right, "prompt": prompt}
+            loss = loss + 0.2 * prompt + 0.5 * words + answer
         loss.backward()
-        losses["norm"] = torch.as_tensor(self.optimizer.step(rate))
+        losses["norm"] = self.optimizer.step(rate)
         return {name: value.detach() for name, value in losses.items()}
 
     @torch.no_grad()

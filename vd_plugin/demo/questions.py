@@ -208,22 +208,16 @@ def normalize(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def _colors(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    shapes = Counter(thing.shape for thing in scene.things)
-    for thing in scene.things:
-        if shapes[thing.shape] == 1:
-            yield _ask(rng, "color", "color_shape", thing.color, [thing], shape=thing.shape)
-    for thing in _alone(scene):
-        yield _ask(rng, "color", "color_position", thing.color, [thing], position=thing.position)
-
-
-def _shapes(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    colors = Counter(thing.color for thing in scene.things)
-    for thing in scene.things:
-        if colors[thing.color] == 1:
-            yield _ask(rng, "shape", "shape_color", thing.shape, [thing], color=thing.color)
-    for thing in _alone(scene):
-        yield _ask(rng, "shape", "shape_position", thing.shape, [thing], position=thing.position)
+def _attributes(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    """The colour of what its shape or its place names, then the shape of what its colour or its place names."""
+    for kind, named_by in (("color", "shape"), ("shape", "color")):
+        names = Counter(getattr(thing, named_by) for thing in scene.things)
+        for thing in scene.things:
+            name = getattr(thing, named_by)
+            if names[name] == 1:
+                yield _ask(rng, kind, f"{kind}_{named_by}", getattr(thing, kind), [thing], **{named_by: name})
+        for thing in _alone(scene):
+            yield _ask(rng, kind, f"{kind}_position", getattr(thing, kind), [thing], position=thing.position)
 
 
 def _exists(scene: Scene, rng: random.Random) -> Iterator[Question]:
@@ -349,8 +343,7 @@ def _description(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 
 _MAKERS: Final[tuple[Callable[[Scene, random.Random], Iterator[Question]], ...]] = (
-    _colors,
-    _shapes,
+    _attributes,
     _exists,
     _counts,
     _positions,
@@ -374,12 +367,10 @@ def _ask(
     **words: str,
 ) -> Question:
     text = rng.choice(_ASK[wording]).format(**words)
-    if "name" in words or "color" in words:  # a orange -> an orange
-        for word in ("orange",):
-            text = text.replace(f" a {word}", f" an {word}")
+    text = text.replace(" a orange", " an orange").replace("crosss", "crosses")
     if easy is None:
         easy = len(evidence) <= 2 and all(item.size != "small" for item in evidence)
-    return Question(kind, text.replace("crosss", "crosses"), answer, tuple(item.box for item in evidence), easy)
+    return Question(kind, text, answer, tuple(item.box for item in evidence), easy)
 
 
 def _unique(scene: Scene) -> list[Thing]:
@@ -393,7 +384,7 @@ def _alone(scene: Scene) -> list[Thing]:
 
 
 def _width(thing: Thing) -> int:
-    return thing.box.right - thing.box.left
+    return thing.box.width
 
 
 def _article(name: str) -> str:

@@ -21,9 +21,13 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
+Color: TypeAlias = tuple[int, int, int]
 Size: TypeAlias = Literal["small", "medium", "large"]
 
-COLORS: Final[dict[str, tuple[int, int, int]]] = {
+FIRST_HELD_OUT_SEED: Final = 1 << 41
+"""No scene from here on is used in training."""
+
+COLORS: Final[dict[str, Color]] = {
     "red": (214, 40, 40),
     "green": (40, 150, 60),
     "blue": (40, 80, 210),
@@ -78,6 +82,18 @@ class Box(NamedTuple):
     right: int
     bottom: int
 
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return (self.left + self.right) / 2, (self.top + self.bottom) / 2
+
 
 @dataclass(frozen=True, slots=True)
 class Thing:
@@ -91,7 +107,7 @@ class Thing:
     box: Box
     angle: float = 0.0
     """Degrees."""
-    tint: tuple[int, int, int] = (0, 0, 0)
+    tint: Color = (0, 0, 0)
     """The colour's very shade."""
     label: str = ""
     """Digits written on it."""
@@ -109,7 +125,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """A number or a word, written on a plate or straight on the background."""
+    """A number or a word, written on a plate."""
 
     text: str
     size: Size
@@ -118,8 +134,8 @@ class Sign:
     box: Box
     font: str
     font_size: int
-    ink: tuple[int, int, int]
-    plate: tuple[int, int, int] | None
+    ink: Color
+    plate: Color
 
     @property
     def is_number(self) -> bool:
@@ -191,33 +207,32 @@ def draw(scene: Scene) -> Image.Image:
     for thing in scene.things:
         draw_shape(canvas, thing, thing.tint, outline=_outline_of(thing.tint))
         if thing.label:
-            _write(canvas, thing.label, _center(thing.box), label_font(thing), _ink_on(thing.tint))
+            _write(canvas, thing.label, thing.box.center, label_font(thing), _ink_on(thing.tint))
     for sign in scene.signs:
-        if sign.plate is not None:
-            canvas.rounded_rectangle((*sign.box[:2], sign.box.right - 1, sign.box.bottom - 1), 4, fill=sign.plate)
-        _write(canvas, sign.text, _center(sign.box), get_font(sign.font, sign.font_size), sign.ink)
+        canvas.rounded_rectangle((*sign.box[:2], sign.box.right - 1, sign.box.bottom - 1), 4, fill=sign.plate)
+        _write(canvas, sign.text, sign.box.center, get_font(sign.font, sign.font_size), sign.ink)
     return image
 
 
 def draw_shape(
     canvas: ImageDraw.ImageDraw,
     thing: Thing,
-    fill: tuple[int, int, int] | int,
-    outline: tuple[int, int, int] | None = None,
+    fill: Color | int,
+    outline: Color | None = None,
 ) -> None:
     """Draw one shape in `fill`; a map of indices is drawn by the same code as the image."""
     left, top, right, bottom = thing.box
-    thin = max(1, (right - left) // 40)
+    thin = max(1, thing.box.width // 40)
     if thing.shape == "circle":
         canvas.ellipse((left, top, right - 1, bottom - 1), fill=fill, outline=outline, width=thin)
     elif thing.shape == "ring":
-        canvas.ellipse((left, top, right - 1, bottom - 1), outline=fill, width=max(3, (right - left) // 5))
+        canvas.ellipse((left, top, right - 1, bottom - 1), outline=fill, width=max(3, thing.box.width // 5))
     else:
         canvas.polygon(_polygon(thing), fill=fill, outline=outline, width=thin)
 
 
 def label_font(thing: Thing) -> ImageFont.FreeTypeFont:
-    return get_font("Aileron", max(9, round((thing.box.right - thing.box.left) * 0.34)))
+    return get_font("Aileron", max(9, round(thing.box.width * 0.34)))
 
 
 @functools.lru_cache(maxsize=512)
@@ -245,18 +260,14 @@ def _matplotlib_fonts() -> Path | None:
     return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
 
 
-def _make_thing(
-    rng: random.Random, slot: Box, row: int, column: int, shape: str, color: str, size: Size, *, alone: bool = True
-) -> Thing:
-    low, high = _EXTENT[size]
-    room = min(slot.right - slot.left, slot.bottom - slot.top)
-    side = max(10, round(room * rng.uniform(low, high)))
+def _make_thing(rng: random.Random, slot: Box, row: int, column: int, shape: str, color: str, size: Size) -> Thing:
+    side = _draw_side(rng, slot, size)
     box = _place(rng, slot, side, side)
     angle = 0.0 if shape in ("circle", "ring", "diamond", "heart") else rng.uniform(-12, 12)
     label = ""
-    if alone and size != "small" and shape not in ("ring", "cross") and side >= 36 and rng.random() < 0.35:
+    if size != "small" and shape not in ("ring", "cross") and side >= 36 and rng.random() < 0.35:
         label = str(rng.randint(0, 9) if rng.random() < 0.5 or shape in ("triangle", "star") else rng.randint(10, 99))
-    return Thing(shape, color, size, row, column, box, angle, _vary(rng, COLORS[color]), label, alone)
+    return Thing(shape, color, size, row, column, box, angle, _vary(rng, COLORS[color]), label)
 
 
 def _make_group(
@@ -277,8 +288,7 @@ def _make_group(
     for quarter in quarters[: rng.randint(2, 3)]:
         if not alike:
             shape, color = rng.choice(shapes), rng.choice(colors)
-        low, high = _EXTENT["small"]
-        side = max(10, round(min(slot.right - slot.left, slot.bottom - slot.top) * rng.uniform(low, high)))
+        side = _draw_side(rng, slot, "small")
         box = _place(rng, quarter, side, side)
         things.append(Thing(shape, color, "small", row, column, box, 0.0, _vary(rng, COLORS[color]), "", False))
     return things
@@ -302,26 +312,38 @@ def _make_sign(
     else:
         text = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(3, 5)))
     size = rng.choices(SIZES, (0.4 * small, 0.35, 0.25))[0]
-    room = min(slot.right - slot.left, slot.bottom - slot.top)
     font = rng.choice(list(fonts))
-    font_size = max(11, round(room * rng.uniform(*_LETTER_HEIGHT[size])))
+    font_size = max(11, round(_room(slot) * rng.uniform(*_LETTER_HEIGHT[size])))
     margin = max(3, font_size // 4)
     while True:
         left, top, right, bottom = get_font(font, font_size).getbbox(text)
         width, height = round(right - left) + 2 * margin, round(bottom - top) + 2 * margin
-        if width <= slot.right - slot.left - 4 or font_size <= 11:
+        if width <= slot.width - 4 or font_size <= 11:
             break
         font_size -= 2
-    box = _place(rng, slot, min(width, slot.right - slot.left), min(height, slot.bottom - slot.top))
+    box = _place(rng, slot, min(width, slot.width), min(height, slot.height))
     dark = rng.random() < 0.5
-    ink = tuple(rng.randint(0, 40) if dark else rng.randint(225, 255) for _ in range(3))
-    plate = tuple(rng.randint(215, 250) if dark else rng.randint(5, 45) for _ in range(3))
-    return Sign(text, size, row, column, box, font, font_size, ink, plate)  # type: ignore[arg-type]
+    ink = _draw_shade(rng, 0, 40) if dark else _draw_shade(rng, 225, 255)
+    plate = _draw_shade(rng, 215, 250) if dark else _draw_shade(rng, 5, 45)
+    return Sign(text, size, row, column, box, font, font_size, ink, plate)
+
+
+def _room(slot: Box) -> int:
+    return min(slot.width, slot.height)
+
+
+def _draw_side(rng: random.Random, slot: Box, size: Size) -> int:
+    """Side of a shape's box in pixels."""
+    return max(10, round(_room(slot) * rng.uniform(*_EXTENT[size])))
+
+
+def _draw_shade(rng: random.Random, low: int, high: int) -> Color:
+    return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
 
 
 def _place(rng: random.Random, slot: Box, width: int, height: int) -> Box:
     """A box of that size somewhere in the slot, with a margin to its edges where there is room."""
-    free_x, free_y = slot.right - slot.left - width, slot.bottom - slot.top - height
+    free_x, free_y = slot.width - width, slot.height - height
     margin_x, margin_y = min(6, free_x // 2), min(6, free_y // 2)
     left = slot.left + rng.randint(max(0, margin_x), max(0, free_x - margin_x))
     top = slot.top + rng.randint(max(0, margin_y), max(0, free_y - margin_y))
@@ -330,8 +352,8 @@ def _place(rng: random.Random, slot: Box, width: int, height: int) -> Box:
 
 def _polygon(thing: Thing) -> list[tuple[float, float]]:
     """Corners in pixels, from unit coordinates of -1..1, turned by the angle."""
-    x, y = _center(thing.box)
-    radius = (thing.box.right - thing.box.left) / 2
+    x, y = thing.box.center
+    radius = thing.box.width / 2
     # Turned corners must stay inside the box.
     radius *= 0.88 if thing.shape == "square" else 1.0
     cosine, sine = math.cos(math.radians(thing.angle)), math.sin(math.radians(thing.angle))
@@ -381,7 +403,7 @@ def _draw_background(rng: random.Random, width: int, height: int) -> Image.Image
     base = rng.uniform(0.16, 0.32) if dark else rng.uniform(0.62, 0.86)
     hue = rng.random()
 
-    def grey(spread: float) -> tuple[int, int, int]:
+    def grey(spread: float) -> Color:
         value = min(1.0, max(0.05, base + rng.uniform(-spread, spread)))
         rgb = colorsys.hsv_to_rgb((hue + rng.uniform(-0.1, 0.1)) % 1.0, rng.uniform(0.0, 0.16), value)
         return (round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2]))
@@ -419,21 +441,17 @@ def _draw_background(rng: random.Random, width: int, height: int) -> Image.Image
     return image
 
 
-def _vary(rng: random.Random, color: tuple[int, int, int]) -> tuple[int, int, int]:
+def _vary(rng: random.Random, color: Color) -> Color:
     red, green, blue = (min(255, max(0, channel + rng.randint(-12, 12))) for channel in color)
     return red, green, blue
 
 
-def _outline_of(color: tuple[int, int, int]) -> tuple[int, int, int]:
+def _outline_of(color: Color) -> Color:
     return (225, 225, 225) if sum(color) < 120 else (color[0] * 2 // 3, color[1] * 2 // 3, color[2] * 2 // 3)
 
 
-def _ink_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
+def _ink_on(color: Color) -> Color:
     return (15, 15, 15) if 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2] > 130 else (245, 245, 245)
-
-
-def _center(box: Box) -> tuple[float, float]:
-    return (box.left + box.right) / 2, (box.top + box.bottom) / 2
 
 
 def _write(
@@ -441,7 +459,7 @@ def _write(
     text: str,
     center: tuple[float, float],
     font: ImageFont.FreeTypeFont,
-    ink: tuple[int, int, int],
+    ink: Color,
 ) -> None:
     canvas.text(text_origin(text, center, font), text, fill=ink, font=font)
 

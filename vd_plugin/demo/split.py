@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from vd_plugin.demo.questions import KINDS, Question, make_questions
-from vd_plugin.demo.scenes import FONTS, Scene, make_scene
+from vd_plugin.demo.scenes import FIRST_HELD_OUT_SEED, FONTS, Scene, make_scene
 from vd_plugin.demo.words import HELD_OUT_WORDS, TRAINING_WORDS
 
-FIRST_SEED: Final = 1 << 41
+FIRST_SEED: Final = FIRST_HELD_OUT_SEED
 """Scenes of the split have seeds from here on. Training has those below 1 << 40, and checks itself on those above."""
 
 BLOCK: Final = len(KINDS)
