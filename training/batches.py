@@ -7,10 +7,12 @@ Everything follows from the number of the step; held-out scenes have seeds that 
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from training.network import ROW, Batch
+from training.network import MAX_IN_SLOT, ROW, SLOTS, WIDTHS, Batch
 from vd_plugin.demo import MODEL_PATH
 from vd_plugin.demo.questions import Question, choose, make_questions
 from vd_plugin.demo.scenes import COLORS, SHAPES, Scene, draw, draw_shape, get_font, label_font, make_scene, text_origin
@@ -99,7 +101,7 @@ class Raw:
     things: Tensor
     """(B, height, width) uint8, number of the shape that is there, from 1."""
     characters: Tensor
-    """(B, height, width) uint8, index into CHARACTERS from 1."""
+    """(B, height, width) uint8, index into CHARACTERS from 1, plus 36 for each character before it in its word."""
     shapes: Tensor
     """(B, MAX_THINGS + 1) int64, index into SHAPES of each shape."""
     colors: Tensor
@@ -109,6 +111,9 @@ class Raw:
     offsets: Tensor
     units: Tensor
     targets: Tensor
+    mentions: Tensor
+    """(B, L, SLOTS + 1) int8: where a name ends in a question, how many of it each slot holds, and the class of its
+    width if it is the only one; elsewhere -1."""
     questions: list[list[Question]]
     """Only for evaluation, else empty."""
 
@@ -125,7 +130,7 @@ def _encode(text: str) -> tuple[int, ...]:
 
 def make_raw(plan: Plan, first_seed: int, *, evaluation: bool = False) -> Raw:
     rng = random.Random(f"batch {first_seed}")
-    scenes = [_make_scene(plan, first_seed + i, evaluation or i % 4 > 0) for i in range(plan.images)]
+    scenes = [_make_scene(plan, first_seed + i, evaluation or i % 4 == 0) for i in range(plan.images)]
     images, things, characters = [], [], []
     shapes = torch.zeros(plan.images, MAX_THINGS + 1, dtype=torch.int64)
     colors = torch.zeros(plan.images, MAX_THINGS + 1, dtype=torch.int64)
@@ -147,6 +152,10 @@ def make_raw(plan: Plan, first_seed: int, *, evaluation: bool = False) -> Raw:
     columns = []
     for position, padding in enumerate(_PADDING):
         columns.append(torch.tensor([row[position] + [padding] * (length - len(row[0])) for row in rows]))
+    mentions = torch.full((plan.images, length, SLOTS + 1), -1, dtype=torch.int8)
+    for i, (scene, row) in enumerate(zip(scenes, rows, strict=True)):
+        for place, numbers, width in find_mentions(scene, row[0], row[3]):
+            mentions[i, place] = torch.tensor([*numbers, width])
     system = rng.choice(_SYSTEM) if not evaluation and rng.random() < 0.12 else ""
     return Raw(
         plan,
@@ -158,13 +167,48 @@ def make_raw(plan: Plan, first_seed: int, *, evaluation: bool = False) -> Raw:
         torch.tensor([1, *_encode(f"{system}USER: ")]),
         torch.tensor(_encode("\n")),
         *columns,
+        mentions,
         asked if evaluation else [],
     )
 
 
+def find_mentions(scene: Scene, tokens: list[int], targets: list[int]) -> Iterator[tuple[int, list[int], int]]:
+    """Where questions name a colour, a shape or both, how many of these each slot holds, and the only one's width."""
+    colors, shapes = _name_tokens()
+    slot = min(scene.width, scene.height) / 3
+    for place, token in enumerate(tokens):
+        color, shape = colors.get(token), shapes.get(token)
+        if (color is None and shape is None) or targets[place] != -100 or (color and tokens[place + 1] in shapes):
+            continue
+        color = color or colors.get(tokens[place - 1])
+        named = [t for t in scene.things if color in (None, t.color) and shape in (None, t.shape)]
+        numbers = [0] * SLOTS
+        for thing in named:
+            numbers[3 * thing.row + thing.column] += 1
+        width = -1
+        if len(named) == 1:
+            width = min(WIDTHS - 1, max(0, int(math.log(named[0].box.width / slot / 0.12, 1.125))))
+        yield place, [min(number, MAX_IN_SLOT) for number in numbers], width
+
+
+@functools.cache
+def _name_tokens() -> tuple[dict[int, str], dict[int, str]]:
+    """Colours and shapes by the id of their one token; shapes also in the plural."""
+    colors = {_encode(f" {color}")[0]: color for color in COLORS}
+    shapes = {_encode(f" {shape}{plural}")[0]: shape for shape in SHAPES for plural in ("", "s")}
+    return colors, shapes
+
+
 def _make_scene(plan: Plan, seed: int, words: bool) -> Scene:
-    """The tower alone is shown crowded scenes, most of them full of text: characters take it longest."""
-    crowded = {} if plan.questions else {"min_slots": 6, "text": 0.28 if seed % 3 == 0 else 0.75}
+    """The tower alone is shown crowded scenes, most of them full of text: characters take it longest.
+
+    Later one scene in five still is; and most words are letters at random, so that reading beats knowing them.
+    """
+    crowded: dict[str, Any] = {}
+    if not plan.questions:
+        crowded = {"min_slots": 6, "text": 0.28 if seed % 3 == 0 else 0.75}
+    elif plan.small and seed % 5 == 0 and not words:
+        crowded = {"min_slots": 4, "text": 0.75}
     return make_scene(
         seed, plan.width, plan.height, small=plan.small,
         words=TRAINING_WORDS if words and plan.questions else (), **crowded,
@@ -218,7 +262,7 @@ def _pack(
 
 
 def label_maps(scene: Scene) -> tuple[Image.Image, Image.Image]:
-    """For every pixel the number of its shape (from 1), and of its character (index into CHARACTERS, from 1)."""
+    """For every pixel the number of its shape, from 1, and its character as in `Raw.characters`."""
     things = Image.new("L", (scene.width, scene.height))
     characters = Image.new("L", (scene.width, scene.height))
     shape_canvas, text_canvas = ImageDraw.Draw(things), ImageDraw.Draw(characters)
@@ -232,7 +276,8 @@ def label_maps(scene: Scene) -> tuple[Image.Image, Image.Image]:
         _, top, _, bottom = font.getbbox(text)
         for i, character in enumerate(text):
             left, right = font.getlength(text[:i]), font.getlength(text[: i + 1])
-            text_canvas.rectangle((x + left, y + top, x + right - 1, y + bottom), fill=CHARACTERS.index(character) + 1)
+            fill = len(CHARACTERS) * i + CHARACTERS.index(character) + 1
+            text_canvas.rectangle((x + left, y + top, x + right - 1, y + bottom), fill=fill)
     return things, characters
 
 
@@ -266,17 +311,26 @@ class Labels:
     """(B, V, n)"""
     character: Tensor
     """(B, V, n, 2), left and right half of the patch"""
+    index: Tensor
+    """(B, V, n, 2), which of its word's characters that is, from 1"""
 
     @classmethod
     def of(cls, things: Tensor, characters: Tensor, shapes: Tensor, colors: Tensor) -> Labels:
         flat = things.flatten(1)
         shape = torch.where(flat > 0, shapes.gather(1, flat) + 1, 0).view_as(things)
         color = torch.where(flat > 0, colors.gather(1, flat) + 1, 0).view_as(things)
-        return cls(shape, color, characters)
+        number = len(CHARACTERS)
+        character = torch.where(characters > 0, (characters - 1) % number + 1, 0)
+        return cls(shape, color, character, (characters + number - 1) // number)
 
     def at(self, chosen: Tensor) -> Labels:
         halves = chosen.unsqueeze(-1).expand(-1, -1, -1, 2)
-        return Labels(self.shape.gather(2, chosen), self.color.gather(2, chosen), self.character.gather(2, halves))
+        return Labels(
+            self.shape.gather(2, chosen),
+            self.color.gather(2, chosen),
+            self.character.gather(2, halves),
+            self.index.gather(2, halves),
+        )
 
     @property
     def foreground(self) -> Tensor:
@@ -326,7 +380,9 @@ def prepare(raw: Raw, device: torch.device, dtype: torch.dtype, seed: int) -> tu
     prompts = F.pad(follows, (0, 1)).flatten().nonzero().squeeze(1)
     wanted = torch.cat((targets[asked], raw.tokens.flatten()[prompts + 1])) if len(asked) else targets[asked]
     text = (raw.before, raw.after, raw.tokens, raw.offsets, raw.units, torch.cat((asked, prompts)), wanted)
-    return Batch(pixels, chosen, order, *(t.to(device, non_blocking=True) for t in text), len(asked)), labels
+    mentions = (raw.mentions[..., 0].flatten() >= 0).nonzero().squeeze(1).to(device)
+    made = Batch(pixels, chosen, order, *(t.to(device, non_blocking=True) for t in text), len(asked), mentions)
+    return made, labels
 
 
 def _pool(cells: Tensor) -> Tensor:

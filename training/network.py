@@ -16,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SLOTS = 9
+MAX_IN_SLOT = 3
+LONGEST_WORD = 6
+WIDTHS = 16
+"""Classes of a shape's width, each an eighth above the one before."""
 ROW = 96
 """Questions stand in rows of so many tokens, none in two: a token is compared with its row, not with all others."""
 
@@ -202,19 +207,25 @@ class Projector(nn.Module):
 class Heads(nn.Module):
     """What training asks of the tower besides the answers; none of it is part of the checkpoint.
 
-    Patches name the shape and the colour that they show, the character in each of their halves, and their own row and
-    column; CLS names all that its view shows.
+    Patches name the shape and the colour that they show, the character in each of their halves, which of its word's
+    characters that is, and their own row and column; CLS names all that its view shows. The last two are for the
+    decoder: in the middle of it, the last token of a name in a question tells how many of that name each slot holds,
+    and how wide the only one is.
     """
 
-    def __init__(self, width: int, shapes: int, colors: int, characters: int) -> None:
+    def __init__(self, width: int, text_width: int, shapes: int, colors: int, characters: int) -> None:
         super().__init__()
         self.norm = LayerNorm(width)
         self.shape, self.color = Linear(width, shapes + 1), Linear(width, colors + 1)
         self.character = Linear(width, 2 * (characters + 1))
+        self.index = Linear(width, 2 * (LONGEST_WORD + 1))
         self.row, self.column = Linear(width, 16), Linear(width, 16)
         present = shapes * colors + characters
         self.present = Linear(width, present)
         self.present_pooled = Linear(width, present)
+        self.slots_norm = RmsNorm(text_width, 1e-5)
+        self.slots = Linear(text_width, SLOTS * (MAX_IN_SLOT + 1))
+        self.size = Linear(text_width, WIDTHS)
 
 
 class Batch(NamedTuple):
@@ -242,6 +253,8 @@ class Batch(NamedTuple):
     """(M,) int64, those tokens."""
     num_answers: int
     """How many of them are of answers."""
+    mentions: Tensor
+    """(N,) int64, places in the flattened tokens where a name ends."""
 
 
 class Network(nn.Module):
@@ -259,7 +272,7 @@ class Network(nn.Module):
         model.layers = nn.ModuleList(DecoderLayer(text) for _ in range(text["num_hidden_layers"]))
         model.norm = RmsNorm(text["hidden_size"], text["rms_norm_eps"])
         self.language_model.lm_head = Linear(text["hidden_size"], text["vocab_size"], bias=False)
-        self.heads = Heads(vision["hidden_size"], shapes, colors, characters)
+        self.heads = Heads(vision["hidden_size"], text["hidden_size"], shapes, colors, characters)
         frequencies = text["rope_theta"] ** (-torch.arange(0, text["head_dim"], 2).float() / text["head_dim"])
         self.register_buffer("_frequencies", frequencies, persistent=False)
         self._initialize(len(model.layers), vision["num_hidden_layers"])
@@ -276,8 +289,8 @@ class Network(nn.Module):
         shape = batch.pixels.shape[:2]
         return features.unflatten(0, shape), pooled.unflatten(0, shape)
 
-    def forward(self, batch: Batch, features: Tensor) -> Tensor:
-        """Logits (M, vocabulary) float32, at the places that are asked for."""
+    def forward(self, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits float32: (M, vocabulary) of what is asked; (N, slots, numbers) and (N, widths) at mentions."""
         patches = features[:, :, 1:].flatten(1, 2)
         width = patches.shape[-1]
         chosen = patches.gather(1, batch.order.clamp(min=0).unsqueeze(-1).expand(-1, -1, width))
@@ -293,11 +306,16 @@ class Network(nn.Module):
         ahead = torch.arange(prefix, device=x.device).expand(number, -1)
         rotation = self._rotation(torch.cat((ahead, prefix + batch.offsets), dim=1), dtype)
         mask = _mask(batch.units)
-        for layer in model.layers:
+        found = size = torch.zeros(0)
+        for number, layer in enumerate(model.layers, 1):
             x = layer(x, rotation, prefix, mask)
+            if number == len(model.layers) // 2:
+                mentions = x[:, prefix:].flatten(0, 1).index_select(0, batch.mentions)
+                mentions = self.heads.slots_norm(mentions)
+                found, size = self.heads.slots(mentions).unflatten(-1, (SLOTS, -1)), self.heads.size(mentions)
         asked = x[:, prefix:].flatten(0, 1).index_select(0, batch.asked)
         logits: Tensor = self.language_model.lm_head(model.norm(asked))
-        return logits.float()
+        return logits.float(), found.float(), size.float()
 
     def checkpoint(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.state_dict().items() if not name.startswith("heads.")}

@@ -108,9 +108,9 @@ class Run:
         return float(self.arguments.start + (1 - self.arguments.start) * self._share)
 
     def learning_rate(self) -> float:
-        """Up over the first steps, constant, and down to nothing over the last 45 % of the time."""
+        """Up over the first steps, constant, and down to nothing over the last 75 % of the time."""
         warm = min(1.0, (self.step + 1) / 100)
-        return float(self.arguments.learning_rate * warm * min(1.0, max(0.02, (1 - self._share) / 0.45)))
+        return float(self.arguments.learning_rate * warm * min(1.0, max(0.02, (1 - self._share) / 0.75)))
 
     def resume(self) -> None:
         if self._state_file.exists():
@@ -202,15 +202,27 @@ class Run:
         weight = 0.3 if asks else 1.0
         loss = weight * sum(losses.values(), torch.zeros((), device=self.device))
         if asks:
-            logits = self.network(batch, features)
+            logits, found, size = self.network(batch, features)
             number = batch.num_answers
             answer = F.cross_entropy(logits[:number], batch.wanted[:number])
             # What is asked for is there, mostly: questions are captions, too.
             prompt = F.cross_entropy(logits[number:], batch.wanted[number:])
             words = word_loss(self.network, features, labels, batch)
+            mentions = raw.mentions.flatten(0, 1).to(self.device).index_select(0, batch.mentions).long()
+            held, width = mentions[:, :-1].flatten(), mentions[:, -1]
+            each = F.cross_entropy(found.flatten(0, 1), held, reduction="none")
+            slots = (each * torch.where(held > 0, 1.0, 0.3)).mean()
+            sizes = F.cross_entropy(size, width, ignore_index=-1, reduction="sum") / (width >= 0).sum().clamp(min=1)
             right = (logits.argmax(-1) == batch.wanted)[:number].float().mean()
-            losses |= {"words": words, "answer": answer, "right": right, "prompt": prompt}
-            loss = loss + 0.2 * prompt + 0.5 * words + answer
+            losses |= {
+                "words": words,
+                "slots": slots,
+                "size": sizes,
+                "answer": answer,
+                "right": right,
+                "prompt": prompt,
+            }
+            loss = loss + 0.2 * prompt + 0.5 * words + slots + 0.2 * sizes + answer
         loss.backward()
         losses["norm"] = self.optimizer.step(rate)
         return {name: value.detach() for name, value in losses.items()}
@@ -228,7 +240,7 @@ class Run:
                 batch, _ = prepare(part, self.device, self.dtype, 0)
                 features, _ = self.network.see(batch)
                 wrong = torch.zeros_like(batch.tokens)
-                wrong.view(-1)[batch.asked] = (self.network(batch, features).argmax(-1) != batch.wanted).long()
+                wrong.view(-1)[batch.asked] = (self.network(batch, features)[0].argmax(-1) != batch.wanted).long()
                 wrong.view(-1)[batch.asked[batch.num_answers :]] = 0
                 for row, questions in enumerate(part.questions):
                     mistakes = torch.zeros(len(questions), device=self.device, dtype=torch.long)
@@ -310,7 +322,7 @@ def tower_losses(
     heads = network.heads
     normed = heads.norm(features)
     patches, cls = normed[:, :, 1:], normed[:, :, 0]
-    characters = heads.character(patches).unflatten(-1, (2, -1))
+    characters, indices = (head(patches).unflatten(-1, (2, -1)) for head in (heads.character, heads.index))
     # In the base view of a tiled image most signs are too small to be read: nothing is asked of it.
     legible = torch.ones_like(labels.shape)
     if legible.shape[1] > 1:
@@ -320,10 +332,11 @@ def tower_losses(
         ("shape", heads.shape(patches), labels.shape),
         ("color", heads.color(patches), labels.color),
         ("character", characters, labels.character),
+        ("index", indices, labels.index),
     ):
         each = F.cross_entropy(said.flatten(0, -2).float(), target.flatten(), reduction="none")
         weight = torch.where(target > 0, 1.0, 0.1)
-        if name == "character":
+        if name in ("character", "index"):
             weight = weight * legible.unsqueeze(-1)
         weight = weight.flatten()
         losses[name] = (each * weight).sum() / weight.sum()
@@ -356,6 +369,7 @@ def _part(raw: Raw, start: int, end: int) -> Raw:
             "offsets",
             "units",
             "targets",
+            "mentions",
             "questions",
         )
     }

@@ -57,7 +57,7 @@ def test_answers_as_transformers_does(network: Network, served: tuple[Any, Any],
     raw = make_raw(Plan(width, height, True, 1, 1.0, 4), seed, evaluation=True)
     batch, _ = prepare(raw, CPU, torch.float32, 0)
     with torch.no_grad():
-        logits = network(batch, network.see(batch)[0]).log_softmax(-1)
+        logits = network(batch, network.see(batch)[0])[0].log_softmax(-1)
     image = draw(make_scene(seed, width, height, words=TRAINING_WORDS))
     first = 0
     for question in raw.questions[0]:
@@ -81,10 +81,10 @@ def test_questions_do_not_see_each_other(network: Network) -> None:
     batch, _ = prepare(raw, CPU, torch.float32, 0)
     with torch.no_grad():
         features, _ = network.see(batch)
-        before = network(batch, features)
+        before = network(batch, features)[0]
         other = batch.tokens.clone()
         other[batch.units == 0] = 7  # another first question
-        after = network(batch._replace(tokens=other), features)
+        after = network(batch._replace(tokens=other), features)[0]
     first = batch.units.flatten()[batch.asked] == 0
     torch.testing.assert_close(before[~first], after[~first])
     assert not torch.allclose(before[first], after[first])
