@@ -1,8 +1,8 @@
 """`python -m vd_plugin.engine MODEL [vLLM options]`: vLLM's own OpenAI server, set up for visual token budgets.
 
-What it adds to vLLM's server: the architecture that fits the checkpoint, the geometry route, token details in `usage`,
-and per-request budgets where only this machine can connect. Bad input ends with one line, `visiondrop: error: ...`,
-and exit status 2, which the gateway relays.
+What it adds to vLLM's server: the architecture that fits the checkpoint, the tool-call parser that fits its chat
+template, the geometry route, token details in `usage`, and per-request budgets where only this machine can connect. Bad
+input ends with one line, `visiondrop: error: ...`, and exit status 2, which the gateway relays.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from typing import NoReturn
 
 from vd_plugin.options import engine_args
+from vd_plugin.tool_parsers import choose_parser
 from vd_plugin.validation import check_server
 from vd_plugin.wire import ERROR_PREFIX
 
@@ -46,7 +47,7 @@ def _serve(model: str, options: list[str]) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     if current_platform.is_cpu():
-        options = _be_modest(options)
+        options = be_modest(options)
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="visiondrop engine"))
     parser.error = lambda message: _fail(f"engine options: {message}")
@@ -54,6 +55,7 @@ def _serve(model: str, options: list[str]) -> None:
     check_server(args)
     args.hf_overrides = engine_args(model, hf_overrides=args.hf_overrides)["hf_overrides"]
     args.enable_prompt_tokens_details = True
+    choose_parser(args)
     if args.uds is not None:
         _remove_stale_socket(args.uds)
     if _is_private(args):
@@ -86,14 +88,14 @@ def _remove_stale_socket(path: str) -> None:
         return  # there is none; or vLLM's own error tells why it cannot be used
 
 
-def _be_modest(options: list[str]) -> list[str]:
+def be_modest(options: list[str]) -> list[str]:
     """Options for a machine without a GPU, which has other things to do: vLLM would take nine tenths of its memory.
 
     Leaves alone what the user has set. Measuring the vision tower's memory, a minute's work here, is left out.
     """
     import psutil
 
-    given = {option.partition("=")[0] for option in options}
+    given = {option.partition("=")[0].replace("_", "-") for option in options}
     sizes = {"--gpu-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override"}
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not given & sizes:
         share_gib = psutil.virtual_memory().available * _CPU_MEMORY_SHARE / 2**30

