@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
@@ -28,7 +28,8 @@ from server.context import context_of
 from server.engine.dispatch import Dispatcher
 from server.engine.pool import EnginePool
 from server.errors import GatewayError, error_response, from_http_status
-from server.http.middleware import AccessMiddleware, RecordingMiddleware
+from server.http.browser import BrowserMiddleware
+from server.http.middleware import AccessMiddleware, HeadMiddleware, RecordingMiddleware
 from server.images.fetch import ImageFetcher
 from server.images.load import ImageLoader
 from server.settings import Settings
@@ -44,18 +45,20 @@ def create_app(
     *,
     fetcher: ImageFetcher | None = None,
     tracing: Tracing | None = None,
+    num_dropped_lines: Callable[[], int] = lambda: 0,
 ) -> FastAPI:
     """The app that serves the engines of a pool to clients. It closes the pool when it shuts down.
 
     Args:
         fetcher, tracing: made from the settings if they are not given.
+        num_dropped_lines: of the log, for a metric.
 
     Raises:
         ValueError: the file of API keys cannot be used, or packages for tracing are missing.
     """
     drain = drain or Drain()
     keys, rates = ApiKeys.from_settings(settings), RateLimits(settings)
-    admission = Admission(settings, lambda: engines.capacity, lambda: engines.away_cost)
+    admission = Admission(settings, engines)
     engines.on_capacity_change = admission.update
     fetcher = fetcher or ImageFetcher(settings)
     memory = MemoryBudget(settings.max_buffered_bytes)
@@ -66,6 +69,7 @@ def create_app(
     metrics.watch_queue(lambda: admission.queue_depth, settings.max_queued_requests)
     metrics.watch_inflight(lambda: admission.inflight_cost, lambda: engines.capacity)
     metrics.watch_memory(lambda: memory.leased_bytes, memory.limit_bytes)
+    metrics.watch_log(num_dropped_lines)
     for name in engines.names:
         metrics.watch_engine(name, partial(engines.is_up, name), partial(engines.outstanding_cost, name))
 
@@ -91,7 +95,7 @@ def create_app(
     )
     app.include_router(generating_routes(intake, planner, dispatcher))
     app.include_router(count_routes(intake, planner))
-    app.include_router(token_routes(intake, engines))
+    app.include_router(token_routes(settings, intake, engines))
     openapi.add_route(app)
     app.include_router(model_routes(settings, engines))
     app.include_router(probe_routes(engines, drain))
@@ -99,13 +103,18 @@ def create_app(
     if settings.metrics_port is None:
         app.include_router(operations)
     _handle_errors(app)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(AccessMiddleware, keys=keys)
     app.add_middleware(RecordingMiddleware, metrics=metrics, tracing=tracing)
+    if settings.allowed_origins:
+        app.add_middleware(BrowserMiddleware, origins=settings.allowed_origins, exposed_headers=tuple(openapi.HEADERS))
 
+    app.state.keys = keys
     app.state.metrics_app = metrics_app = FastAPI(openapi_url=None, redirect_slashes=False)
     metrics_app.include_router(operations)
     metrics_app.include_router(probe_routes(engines, drain))
     _handle_errors(metrics_app)
+    metrics_app.add_middleware(HeadMiddleware)
     metrics_app.add_middleware(RecordingMiddleware, metrics=metrics, tracing=tracing)
     return app
 
@@ -115,6 +124,13 @@ def metrics_app_of(app: FastAPI) -> FastAPI:
     metrics_app = app.state.metrics_app
     assert isinstance(metrics_app, FastAPI)
     return metrics_app
+
+
+def keys_of(app: FastAPI) -> ApiKeys:
+    """The keys that requests to `app` need."""
+    keys = app.state.keys
+    assert isinstance(keys, ApiKeys)
+    return keys
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -128,4 +144,6 @@ def _handle_errors(app: FastAPI) -> None:
         ours = from_http_status(error.status_code, error.detail, request.method, request.url.path)
         response = await handle_error(request, ours)
         response.headers.update(error.headers or {})
+        if response.headers.get("allow") == "GET":
+            response.headers["allow"] = "GET, HEAD"
         return response

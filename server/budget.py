@@ -8,7 +8,8 @@ Where a budget can stand, the first that is given wins:
 4. the header X-Visual-Token-Budget
 5. the server's default
 
-The maxima of key and server cap what was chosen. The usage and a header report what was applied.
+The maxima of key and server cap what was chosen. The usage and a header report what was applied. Without images, 3 and
+4 apply to nothing, and that is no error: clients set them once, for all their requests.
 """
 
 from __future__ import annotations
@@ -106,21 +107,6 @@ def header_budget(headers: Headers) -> Budget | None:
     return parse_header(", ".join(values) if values else None)
 
 
-def refuse_without_images(body: Budget | None, header: Budget | None) -> None:
-    """For a request without images.
-
-    Raises:
-        InvalidRequestError: a budget was given, and there is no image that it could be for.
-    """
-    for param, budget in ((PARAM, body), (HEADER, header)):
-        if budget is not None:
-            raise InvalidRequestError(
-                "a visual token budget was given, but the request has no images: leave it out",
-                param=param,
-                code="invalid_budget",
-            )
-
-
 def choose_budgets(
     images: Sequence[RequestedImage],
     body: Budget | None,
@@ -134,12 +120,7 @@ def choose_budgets(
         body: what the body sets for all images.
         header: what the header sets for all images.
         maximum: larger budgets are capped to it.
-
-    Raises:
-        InvalidRequestError: a budget was given, and there is no image that it could be for.
     """
-    if not images:
-        refuse_without_images(body, header)
     shared = Choice(default, None)
     if header is not None:
         shared = Choice(header, HEADER)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -19,8 +20,9 @@ from server.admission.keys import ApiKeys
 from server.errors import first_complaint
 from server.http.listener import Address, StartError
 from server.http.middleware import REQUEST_LOG
+from server.launcher.output import LineFormatter, queued_output
 from server.launcher.serve import run_gateway, run_serve, say, say_error
-from server.settings import Settings
+from server.settings import OTHER_VARIABLES, Settings
 from server.telemetry.tracing import make_tracing
 from server.version import package_version
 from vd_plugin.demo import MODEL_NAME, find_model
@@ -36,6 +38,8 @@ _RESERVED_OPTIONS: Final = {
 }
 """vLLM options that may not stand after `--`, and why."""
 
+_PREFIX: Final = Settings.model_config["env_prefix"]
+
 _TOOLS: Final = {
     "plan": "compute how many images and tokens an engine will hold, and the settings to use",
     "explain": "draw which patches of an image every stage keeps",
@@ -43,17 +47,14 @@ _TOOLS: Final = {
 """Commands of the plugin, and what they are for."""
 
 
-_OTHER_VARIABLES: Final = {"VISIONDROP_BACKEND", "VISIONDROP_BUILD_OPTIONS", "VISIONDROP_CPU"}
-"""Those of the project's other programs."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 after a clean stop, 1 for a failure, 2 for wrong usage."""
-    arguments, engine_options = _split_engine_options(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in _TOOLS:
+    given = sys.argv[1:] if argv is None else argv
+    if given and given[0] in _TOOLS:
         # In a process of its own, with all that this package does not import.
-        command = [sys.executable, "-m", f"vd_plugin.tools.{arguments[0]}", *arguments[1:]]
+        command = [sys.executable, "-m", f"vd_plugin.tools.{given[0]}", *given[1:]]
         return subprocess.run(command, check=False).returncode
+    arguments, engine_options = _split_engine_options(given)
     parser = _make_parser(with_demo=arguments[:1] == ["demo"])
     options = parser.parse_args(arguments)
     options.engine_options = engine_options
@@ -62,13 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in engine_options:
         if (name := option.partition("=")[0]) in _RESERVED_OPTIONS:
             parser.error(f"engine option {name}: {_RESERVED_OPTIONS[name]}")
-    try:
-        return int(options.run(options))
-    except (StartError, SettingsError) as error:
-        say_error(error)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    serves = options.command in ("serve", "gateway")
+    with queued_output() if serves else nullcontext():
+        try:
+            return int(options.run(options))
+        except (StartError, SettingsError) as error:
+            say_error(error)
+            return 1
+        except KeyboardInterrupt:
+            return 130
 
 
 class SettingsError(Exception):
@@ -260,9 +263,9 @@ def _read_settings(options: argparse.Namespace) -> Settings:
     """Command line over environment over defaults.
 
     Raises:
-        SettingsError: a value is out of range, or what it names cannot be used.
+        SettingsError: a name is unknown, a value is out of range, or what it names cannot be used.
     """
-    _warn_of_unknown_variables()
+    _check_variables()
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
@@ -279,18 +282,29 @@ def _read_settings(options: argparse.Namespace) -> Settings:
     return settings
 
 
-def _warn_of_unknown_variables() -> None:
-    """A misspelt limit would otherwise be no limit, and nobody would know."""
-    known = {f"VISIONDROP_{name.upper()}" for name in Settings.model_fields} | _OTHER_VARIABLES
-    for name in sorted(name for name in os.environ if name.upper().startswith("VISIONDROP_")):
-        if name.upper() not in known:
-            similar = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.85)
-            say(f"warning: {name} is not a setting" + (f"; did you mean {similar[0]}?" if similar else ""))
+def _check_variables() -> None:
+    """A misspelt limit would otherwise be no limit, and a misspelt key file an open server.
+
+    Raises:
+        SettingsError: a variable begins as settings do and is none.
+    """
+    known = {name.upper().removeprefix(_PREFIX) for name in (*Settings.model_fields, *OTHER_VARIABLES)}
+    unknown = []
+    for variable in sorted(variable for variable in os.environ if variable.upper().startswith(_PREFIX)):
+        name = variable.upper().removeprefix(_PREFIX)
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, 1)
+            unknown.append(variable + (f" (did you mean {_PREFIX}{similar[0]}?)" if similar else ""))
+    if unknown:
+        what = "this variable is no setting" if len(unknown) == 1 else "these variables are no settings"
+        raise SettingsError(f"{what}: {', '.join(unknown)}. docs/operations.md lists all that there are")
 
 
 def _configure_logging() -> None:
     """Sentences go to standard error, the request log (one JSON object a line) to standard output."""
-    logging.basicConfig(level=logging.WARNING, format="visiondrop: %(levelname)s: %(name)s: %(message)s")
+    people = logging.StreamHandler(sys.stderr)
+    people.setFormatter(LineFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[people])
     requests = logging.getLogger(REQUEST_LOG)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))

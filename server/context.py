@@ -13,6 +13,7 @@ from starlette.types import Scope
 from server import paths
 from server.admission.keys import ApiKey
 from server.admission.memory import MemoryLease
+from server.admission.party import Party, party_of
 from server.errors import GatewayError
 from server.telemetry.record import RequestRecord, choose_request_id
 
@@ -25,6 +26,8 @@ class RequestContext:
     """One request. A field without a default is set by the step that its comment names."""
 
     record: RequestRecord
+    address: str
+    """The client's."""
     key: ApiKey = field(init=False)  # the access check
     lease: MemoryLease = field(init=False)  # the intake
     cleanup: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -38,6 +41,11 @@ class RequestContext:
     def request_id(self) -> str:
         return self.record.request_id
 
+    @property
+    def party(self) -> Party:
+        """Who shares the server with others."""
+        return party_of(self.key, self.address)
+
 
 def context_of(scope: Scope) -> RequestContext:
     """The context of a request, made when it is first asked for.
@@ -48,7 +56,8 @@ def context_of(scope: Scope) -> RequestContext:
     if context is None:
         route = scope["path"] if scope["path"] in paths.ALL else paths.OTHER
         request_id = choose_request_id(Headers(scope=scope).get("x-request-id"))
-        context = scope[_KEY] = RequestContext(RequestRecord(request_id, route))
+        address = (scope.get("client") or ("",))[0]
+        context = scope[_KEY] = RequestContext(RequestRecord(request_id, route), address)
     assert isinstance(context, RequestContext)
     return context
 

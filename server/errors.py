@@ -43,9 +43,14 @@ REJECTION_REASONS: Final = (
     "invalid_api_key",
     "requests_per_minute",
     "images_per_minute",
+    "parallel_requests",
+    "too_long",
     "queue_full",
+    "queue_share",
     "queue_timeout",
     "memory_full",
+    "memory_share",
+    "slow_request",
     "stopping",
     "engine_down",
     "engine_overloaded",
@@ -63,7 +68,7 @@ class GatewayError(Exception):
     """
 
     reason: str | None = None
-    """One of REJECTION_REASONS, for a request that was rejected without being at fault itself."""
+    """One of REJECTION_REASONS, for a request that was turned away before an engine saw it."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         # What a client sent may be quoted in both.
@@ -105,6 +110,8 @@ class AuthenticationError(GatewayError):
 
 
 class SlowRequestError(GatewayError):
+    reason = "slow_request"
+
     def headers(self) -> dict[str, str]:
         return {"Connection": "close"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -12,6 +13,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from vd_plugin.schedule import FULL, PRESETS, Budget, parse_budget
 
 _MIB: Final = 1024 * 1024
+
+_ORIGIN: Final = re.compile(r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+")
+"""As browsers write it. Apps and extensions have schemes of their own."""
+
+OTHER_VARIABLES: Final = frozenset({"VISIONDROP_BACKEND", "VISIONDROP_BUILD_OPTIONS", "VISIONDROP_CPU"})
+"""Those that other programs of the project read: setup.sh, images.sh, and the plugin (cpu/bootstrap.py)."""
 
 
 class Settings(BaseSettings):
@@ -37,6 +44,8 @@ class Settings(BaseSettings):
     """From a connection's first moment to the end of the request's headers."""
     body_seconds: float = Field(60.0, gt=0)
     """From the end of the headers to the end of the body."""
+    min_upload_bytes_per_second: int = Field(4096, ge=0)
+    """At which a body must keep coming; 0 for any."""
     send_seconds: float = Field(60.0, gt=0)
     """How long a client may refuse to take bytes of an answer before its connection is closed."""
 
@@ -72,6 +81,11 @@ class Settings(BaseSettings):
     requests_per_minute: int | None = Field(None, gt=0)
     """For every key that has no rate of its own, or for everybody together where there are no keys."""
     images_per_minute: int | None = Field(None, gt=0)
+
+    # Browsers
+
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Origins whose pages may use the server, comma-separated: https://HOST or http://HOST:PORT; `*` for all."""
 
     # Admission
 
@@ -111,14 +125,15 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_room(self) -> Settings:
-        if self.max_buffered_bytes < self.max_body_bytes + self.max_image_bytes:
+        # As admission/memory.py counts.
+        if self.max_buffered_bytes - self.max_buffered_bytes // 16 < self.max_body_bytes + self.max_image_bytes:
             raise ValueError(
-                "max_buffered_bytes must be at least max_body_bytes + max_image_bytes, "
-                "else a request within its limits could never be served"
+                "max_buffered_bytes must be at least 16/15 of max_body_bytes + max_image_bytes (a sixteenth is for "
+                "small bodies), else a request within its limits could never be served"
             )
         return self
 
-    @field_validator("engines", "fetch_hosts", mode="before")
+    @field_validator("engines", "fetch_hosts", "allowed_origins", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -129,3 +144,14 @@ class Settings(BaseSettings):
     @classmethod
     def _lower_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(host.lower() for host in value)
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    "an origin is https://HOST or http://HOST:PORT, in lower case, without a path and without the port "
+                    f"that its scheme has anyway, or * for all; got {origin!r}"
+                )
+        return value

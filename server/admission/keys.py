@@ -45,12 +45,16 @@ class ApiKey:
         max_budget: the largest visual token budget of its images; the server's own maximum applies as well.
         requests_per_minute: None for the server's rate.
         images_per_minute: None for the server's rate.
+        weight: how many times the share of a key with weight 1 it gets where keys compete.
+        max_parallel_requests: of its requests, how many engines work on at a time; None for no limit.
     """
 
     name: str
     max_budget: Budget = FULL
     requests_per_minute: int | None = None
     images_per_minute: int | None = None
+    weight: int = 1
+    max_parallel_requests: int | None = None
 
 
 ANONYMOUS: Final = ApiKey("anonymous")
@@ -129,6 +133,20 @@ def _parse_rate(value: object) -> int:
 
 _Rate = Annotated[int | None, BeforeValidator(_parse_rate)]
 
+_MAX_WEIGHT: Final = 1000
+
+
+def _parse_weight(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_WEIGHT:
+        return value
+    raise ValueError(f"a weight must be a whole number from 1 to {_MAX_WEIGHT}")
+
+
+def _parse_parallel(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise ValueError("a limit of parallel requests must be a whole number above 0; leave it out for none")
+
 
 class _Entry(BaseModel):
     """A [keys.NAME] table of the file."""
@@ -140,6 +158,8 @@ class _Entry(BaseModel):
     max_budget: Annotated[Budget, BeforeValidator(parse_budget)] = FULL
     requests_per_minute: _Rate = None
     images_per_minute: _Rate = None
+    weight: Annotated[int, BeforeValidator(_parse_weight)] = 1
+    max_parallel_requests: Annotated[int | None, BeforeValidator(_parse_parallel)] = None
 
 
 class _File(BaseModel):
@@ -176,7 +196,14 @@ def _read_entry(name: str, table: dict[str, Any], place: str) -> tuple[bytes, Ap
         entry = _Entry.model_validate(table)
     except ValidationError as error:
         raise KeyFileError(f"{place}: {_complaint(error)}") from None
-    key = ApiKey(name, entry.max_budget, entry.requests_per_minute, entry.images_per_minute)
+    key = ApiKey(
+        name,
+        entry.max_budget,
+        entry.requests_per_minute,
+        entry.images_per_minute,
+        entry.weight,
+        entry.max_parallel_requests,
+    )
     if (entry.secret is None) == (entry.secret_sha256 is None):
         raise KeyFileError(f"{place}: give either secret or secret_sha256")
     if entry.secret is not None:

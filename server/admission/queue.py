@@ -1,11 +1,16 @@
-"""A queue in front of the engines: requests enter in the order of their arrival, as far as their costs fit.
+"""A queue in front of the engines, shared fairly by weight and cost.
 
 1. what fits while nobody waits enters at once
-2. everything else waits, up to a number and a time
-3. whoever leaves gives the cost back, and the head of the queue enters as soon as it fits
+2. everything else waits, up to a number and a time; if all places are taken, the newest request of the party with the
+   most of them has to go
+3. whoever leaves gives the room back, and the next to enter is of the party that has had the least for its weight, in
+   order of arrival within a party: fair queueing by start times, with the virtual time of WF2Q+ (Bennett, Zhang:
+   IEEE/ACM Transactions on Networking 5.5, 1997), by which newcomers cannot starve whoever waits
+4. a request for which there is no room yet may be overtaken, by work of up to the whole capacity or for a third of the
+   longest wait; then nobody passes until it has entered, so that it cannot starve
+5. while several parties are about, none takes the last eighth of the room: the next one finds some at once
 
-The order is strict: a small request never overtakes a large one that waits, so a large one cannot starve. No library
-has a fair semaphore with weights and a changing capacity; anyio's and asyncio's count units.
+Decision 15 has the reasons. No library has a fair semaphore with weights and a changing capacity.
 """
 
 from __future__ import annotations
@@ -13,57 +18,122 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 
-from server.errors import LONGEST_RETRY_AFTER_SECONDS, EngineUnreachableError, OverloadedError
+from server.admission.load import Load
+from server.admission.party import Party
+from server.errors import (
+    LONGEST_RETRY_AFTER_SECONDS,
+    EngineUnreachableError,
+    GatewayError,
+    OverloadedError,
+    RateLimitError,
+)
 from server.settings import Settings
 
+LARGEST_SHARE: Final = 7 / 8
+"""Of the capacity, for one party while others are about."""
+OVERTAKING_SHARE: Final = 1 / 3
+"""Of the longest wait: for so long a request may be overtaken."""
+
+WAITED_REASONS: Final = frozenset({"parallel_requests", "queue_share", "queue_timeout"})
+"""Of refusals, those of requests that had a place in the queue."""
+
+_ABOUT_SECONDS: Final = 60.0
+"""After its last request a party counts as being about for so long."""
+_MAX_PASSED: Final = 32
+"""Waiting requests that are looked past for one that fits."""
+_MAX_PARTIES: Final = 4096
+"""Beyond it, what those had who are gone is forgotten."""
 _RATE_MEMORY_SECONDS: Final = 30.0
 """How fast the rate of work forgets: what is older by this much counts a third."""
 
 
+class Room(Protocol):
+    """What the engines take at a time, queried anew at every decision; all 0 if none is up.
+
+    What is away is in flight on engines that count for no capacity: they drain, stall or are down. It takes no room on
+    the others.
+    """
+
+    @property
+    def capacity(self) -> int:
+        """Tokens."""
+
+    @property
+    def max_sequences(self) -> float:
+        """Answers; infinite if it is not known."""
+
+    @property
+    def away_cost(self) -> int:
+        """Tokens."""
+
+    @property
+    def away_sequences(self) -> int: ...
+
+
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    cost: int
-    granted: anyio.Event = field(default_factory=anyio.Event)
+    load: Load
+    flow: _Flow
+    arrived: float
+    overtaken_work: int = 0
+    is_granted: bool = False
+    refusal: GatewayError | None = None
+    called: anyio.Event = field(default_factory=anyio.Event)
+
+
+@dataclass(eq=False, slots=True)
+class _Flow:
+    """A party's requests. `start` is the virtual time at which its next one would begin."""
+
+    party: Party
+    start: float = 0.0
+    waiting: OrderedDict[_Waiter, None] = field(default_factory=OrderedDict)  # gives up any waiter in O(1)
+    num_inflight: int = 0
+    tokens: int = 0
+    sequences: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.num_inflight
+
+    @property
+    def is_at_limit(self) -> bool:
+        limit = self.party.max_parallel_requests
+        return limit is not None and self.num_inflight >= limit
 
 
 class Admission:
-    """The queue. Costs are in tokens (text + kept visual tokens). For one event loop: it has no locks.
+    """The queue. Costs are in tokens. For one event loop: it has no locks.
 
     Args:
-        capacity: tokens that the engines take at a time, queried anew at every decision; 0 if none is up.
-        away_cost: of what is in flight, the part on engines that count for no capacity: they drain, stall or are down.
-            It takes no room on the others.
         clock: seconds that only grow.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        capacity: Callable[[], int],
-        away_cost: Callable[[], int] = lambda: 0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, settings: Settings, room: Room, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_queued = settings.max_queued_requests
         self._queue_seconds = settings.queue_seconds
-        self._capacity = capacity
-        self._away_cost = away_cost
+        self._room = room
         self._clock = clock
-        self._queue: OrderedDict[_Waiter, None] = OrderedDict()  # unlike a deque, gives up any waiter in O(1)
+        self._flows: dict[str, _Flow] = {}
+        self._virtual_time = 0.0
+        self._queue_depth = 0
         self._queued_cost = 0
         self._inflight_cost = 0
+        self._inflight_sequences = 0
+        self._seen: dict[str, float] = {}  # the last two parties that came
         self._work = _WorkRate()
 
     @property
     def queue_depth(self) -> int:
         """Requests that wait."""
-        return len(self._queue)
+        return self._queue_depth
 
     @property
     def inflight_cost(self) -> int:
@@ -71,91 +141,203 @@ class Admission:
         return self._inflight_cost
 
     @asynccontextmanager
-    async def admit(self, cost: int) -> AsyncIterator[None]:
-        """Wait for room for `cost` tokens, hold it within the context, and give it back.
+    async def admit(self, load: Load, party: Party) -> AsyncIterator[None]:
+        """Wait for room, hold it within the context, and give it back.
 
         A request that costs more than the whole capacity enters when nothing else is in flight there.
 
         Raises:
             EngineUnreachableError: no engine is up.
-            OverloadedError: the queue is full ("queue_full") or too slow ("queue_timeout").
+            OverloadedError: the queue is full ("queue_full"), too slow ("queue_timeout"), or another party needs the
+                place in it ("queue_share").
+            RateLimitError: the party's own limit of parallel requests kept it waiting too long.
         """
-        assert cost > 0, cost
-        await self._enter(cost)
+        assert load.tokens > 0, load
+        flow = await self._enter(load, party)
         try:
             yield
         finally:
-            self._observe(cost)
-            self._release(cost)
+            self._observe(load.tokens)
+            self._release(flow, load)
 
     def update(self) -> None:
         """Let in what fits. To be called when the capacity may have changed."""
         self._observe()
         self._grant()
 
-    async def _enter(self, cost: int) -> None:
-        if self._capacity() <= 0:
+    async def _enter(self, load: Load, party: Party) -> _Flow:
+        if self._room.capacity <= 0:
             raise EngineUnreachableError("no engine is ready; try again later", code="engine_unreachable")
+        self._see(party)
         self.update()
-        if not self._queue and self._fits(cost):
-            self._inflight_cost += cost
-            return
-        if len(self._queue) >= self._max_queued:
-            raise OverloadedError(
-                "too many requests are waiting already; try again later",
-                reason="queue_full",
-                retry_after_seconds=self._retry_seconds(),
-            )
-        await self._wait(_Waiter(cost))
+        flow = self._flows.setdefault(party.name, _Flow(party))
+        waiter = _Waiter(load, flow, self._clock())
+        self._add(waiter)
+        self._grant()
+        if not waiter.is_granted and self._queue_depth > self._max_queued:
+            self._make_place(flow)
+        await self._wait(waiter)
+        return flow
 
     async def _wait(self, waiter: _Waiter) -> None:
-        self._queue[waiter] = None
-        self._queued_cost += waiter.cost
+        if waiter.is_granted:
+            return
         try:
-            with anyio.move_on_after(self._queue_seconds):
-                await waiter.granted.wait()
+            if waiter.refusal is None:
+                with anyio.move_on_after(self._queue_seconds):
+                    await waiter.called.wait()
         except BaseException:
             # The client left, perhaps in the very moment in which the waiter was let in.
-            if waiter.granted.is_set():
+            if waiter.is_granted:
                 self._observe()
-                self._release(waiter.cost)
-            else:
+                self._release(waiter.flow, waiter.load)
+            elif waiter.refusal is None:
                 self._give_up(waiter)
             raise
-        if not waiter.granted.is_set():
-            retry_seconds = self._retry_seconds()
+        if waiter.refusal is not None:
+            raise waiter.refusal
+        if not waiter.is_granted:
+            refusal = self._timeout(waiter.flow)
             self._give_up(waiter)
-            raise OverloadedError(
-                f"timed out after {self._queue_seconds:g} s in the queue; try again later",
-                reason="queue_timeout",
-                retry_after_seconds=retry_seconds,
-            )
+            raise refusal
 
-    def _release(self, cost: int) -> None:
-        self._inflight_cost -= cost
-        self._grant()
+    # Who is next
+
+    def _grant(self) -> None:
+        while (waiter := self._next()) is not None:
+            flow, load = waiter.flow, waiter.load
+            self._advance(load)
+            self._remove(waiter)
+            flow.start += load.work / flow.party.weight
+            flow.num_inflight += 1
+            flow.tokens += load.tokens
+            flow.sequences += load.sequences
+            self._inflight_cost += load.tokens
+            self._inflight_sequences += load.sequences
+            waiter.is_granted = True
+            waiter.called.set()
+
+    def _advance(self, load: Load) -> None:
+        """Virtual time runs with the work, the slower the more parties share it."""
+        waiting = [flow for flow in self._flows.values() if flow.waiting]
+        passed = load.work / sum(flow.party.weight for flow in waiting)
+        self._virtual_time = max(self._virtual_time + passed, min(flow.start for flow in waiting))
+
+    def _next(self) -> _Waiter | None:
+        """The next to enter; None if nobody can now."""
+        if not self._queue_depth or self._room.capacity <= 0:
+            return None
+        passed: list[_Waiter] = []
+        for waiter in self._in_order():
+            if self._fits(waiter.load):
+                for other in passed:
+                    other.overtaken_work += waiter.load.work
+                return waiter
+            if self._stops_the_line(waiter) or len(passed) == _MAX_PASSED:
+                return None
+            passed.append(waiter)
+        return None
+
+    def _in_order(self) -> Iterator[_Waiter]:
+        """All that wait and are within their party's limits."""
+        for flow in sorted((flow for flow in self._flows.values() if flow.waiting), key=lambda flow: flow.start):
+            for waiter in flow.waiting:
+                if flow.is_at_limit or not self._is_within_share(flow, waiter.load):
+                    break
+                yield waiter
+
+    def _stops_the_line(self, waiter: _Waiter) -> bool:
+        age = self._clock() - waiter.arrived
+        return waiter.overtaken_work >= self._room.capacity or age >= OVERTAKING_SHARE * self._queue_seconds
+
+    def _fits(self, load: Load) -> bool:
+        room = self._room
+        tokens, sequences = self._inflight_cost - room.away_cost, self._inflight_sequences - room.away_sequences
+        is_alone = tokens <= 0 and sequences <= 0
+        return is_alone or (tokens + load.tokens <= room.capacity and sequences + load.sequences <= room.max_sequences)
+
+    def _is_within_share(self, flow: _Flow, load: Load) -> bool:
+        if not flow.num_inflight or not self._are_others_about(flow.party):
+            return True
+        room = self._room
+        return (
+            flow.tokens + load.tokens <= LARGEST_SHARE * room.capacity
+            and flow.sequences + load.sequences <= LARGEST_SHARE * room.max_sequences
+        )
+
+    def _are_others_about(self, party: Party) -> bool:
+        since = self._clock() - _ABOUT_SECONDS
+        return any(name != party.name and seen >= since for name, seen in self._seen.items())
+
+    def _see(self, party: Party) -> None:
+        self._seen.pop(party.name, None)
+        self._seen[party.name] = self._clock()
+        if len(self._seen) > 2:
+            del self._seen[next(iter(self._seen))]
+
+    # Places
+
+    def _add(self, waiter: _Waiter) -> None:
+        flow = waiter.flow
+        if not flow.waiting:
+            flow.start = max(flow.start, self._virtual_time)
+        flow.waiting[waiter] = None
+        self._queue_depth += 1
+        self._queued_cost += waiter.load.tokens
+
+    def _remove(self, waiter: _Waiter) -> None:
+        del waiter.flow.waiting[waiter]
+        self._queue_depth -= 1
+        self._queued_cost -= waiter.load.tokens
+
+    def _make_place(self, newcomer: _Flow) -> None:
+        """Turn away the newest request of the party with the most places for its weight; if equal, the newcomer's."""
+        queues = (flow for flow in self._flows.values() if flow.waiting)
+        longest = max(queues, key=lambda flow: (len(flow.waiting) / flow.party.weight, flow is newcomer))
+        loser = next(reversed(longest.waiting))
+        loser.refusal = OverloadedError(
+            "too many requests are waiting already; try again later",
+            reason="queue_full" if longest is newcomer else "queue_share",
+            code="queue_full",
+            retry_after_seconds=self._retry_seconds(),
+        )
+        self._give_up(loser)
+        loser.called.set()
 
     def _give_up(self, waiter: _Waiter) -> None:
         self._observe()
         self._remove(waiter)
         self._grant()
+        self._forget()
 
-    def _remove(self, waiter: _Waiter) -> None:
-        del self._queue[waiter]
-        self._queued_cost -= waiter.cost
+    def _release(self, flow: _Flow, load: Load) -> None:
+        flow.num_inflight -= 1
+        flow.tokens -= load.tokens
+        flow.sequences -= load.sequences
+        self._inflight_cost -= load.tokens
+        self._inflight_sequences -= load.sequences
+        self._grant()
+        self._forget()
 
-    def _grant(self) -> None:
-        while self._queue and self._fits((head := next(iter(self._queue))).cost):
-            self._remove(head)
-            self._inflight_cost += head.cost
-            head.granted.set()
+    def _forget(self) -> None:
+        """Parties that are gone; what they have had counts for as long as somebody waits."""
+        if not self._queue_depth or len(self._flows) > _MAX_PARTIES:
+            self._flows = {name: flow for name, flow in self._flows.items() if not flow.is_idle}
 
-    def _fits(self, cost: int) -> bool:
-        capacity, taken = self._capacity(), self._inflight_cost - self._away_cost()
-        return capacity > 0 and (taken <= 0 or taken + cost <= capacity)
+    def _timeout(self, flow: _Flow) -> GatewayError:
+        waited = f"timed out after {self._queue_seconds:g} s in the queue"
+        if flow.is_at_limit:
+            return RateLimitError(
+                f"{waited}: at most {flow.party.max_parallel_requests} requests with this key are worked on at a time",
+                reason="parallel_requests",
+                code="rate_limit_exceeded",
+            )
+        return OverloadedError(
+            f"{waited}; try again later", reason="queue_timeout", retry_after_seconds=self._retry_seconds()
+        )
 
     def _observe(self, cost_done: int = 0) -> None:
-        self._work.observe(self._clock(), cost_done, is_busy=bool(self._queue))
+        self._work.observe(self._clock(), cost_done, is_busy=self._queue_depth > 0)
 
     def _retry_seconds(self) -> float:
         """When all that waits now will have entered, at the rate of late: then there is room again."""

@@ -2,6 +2,7 @@
 
 1. read the body, within the limits                     (intake.py, schemas/)
 2. choose the budget of every image                     (plan.py, budget.py)
+   refuse what is surely too long for the model         (admission/context_length.py)
 3. fetch and check every image                          (images/)
 4. resolve the budgets                                  (budget.py)
 5. wait for a place                                     (engine/dispatch.py, admission/queue.py)
@@ -24,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server import paths
+from server.admission.load import load_of
 from server.api.intake import Intake
 from server.api.plan import Planner
 from server.budget import header_budget
@@ -85,7 +87,8 @@ class _Pipeline:
         schedules = context.record.schedules
         body.check_schedules(schedules)
         sent = body.engine_body(urls, [schedule.effective_budget for schedule in schedules])
-        call = await self._dispatcher.enter(context, sent, body.text_tokens(), urls)
+        load = load_of(body, context.record.kept, context.record.max_model_len)
+        call = await self._dispatcher.enter(context, sent, load, urls)
         if body.stream:
             return await self._dispatcher.stream(context, call, self._route.shape, include_usage=body.include_usage)
         return await self._dispatcher.complete(context, call, self._route.shape)

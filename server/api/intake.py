@@ -32,7 +32,7 @@ class Intake:
             self._rates.take_request(context.key)
         finally:
             context.record.rate_headers = self._rates.headers(context.key)
-        context.lease = context.cleanup.enter_context(self._memory.lease())
+        context.lease = context.cleanup.enter_context(self._memory.lease(context.party.name))
         return await _read_json_body(request, self._settings, context.lease)
 
 

@@ -176,7 +176,7 @@ def document(app: FastAPI) -> dict[str, Any]:
         "paths": items,
         "components": {
             "schemas": schemas["$defs"],
-            "headers": _HEADERS,
+            "headers": HEADERS,
             "parameters": _PARAMETERS,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
@@ -192,7 +192,7 @@ def _models(entry: Operation) -> list[type[BaseModel]]:
     return [model for model in (entry.body, entry.answer) if model is not None]
 
 
-_HEADERS: Final[dict[str, Any]] = {
+HEADERS: Final[dict[str, Any]] = {
     "X-Request-Id": {"description": "The request's own id if one was sent.", "schema": {"type": "string"}},
     "Retry-After": {
         "description": "Seconds after which to try again.",
@@ -234,7 +234,8 @@ _PARAMETERS: Final[dict[str, Any]] = {
     HEADER: {
         "name": HEADER,
         "in": "header",
-        "description": "Budget of images that have none in the body: as there, as text.",
+        "description": "Budget of images that have none in the body: as there, as text. Without images, it applies to "
+        "nothing.",
         "schema": {"type": "string", "pattern": "^(low|medium|high|full|3[2-9]|[4-9][0-9]|[1-9][0-9]{2,17})$"},
     },
 }

@@ -14,7 +14,7 @@ from vd_plugin.schedule import Budget
 
 
 class Planner:
-    """Fills a record's `geometry`, `image_sizes` and `schedules`."""
+    """Fills a record's `max_model_len`, `geometry`, `image_sizes` and `schedules`."""
 
     def __init__(self, settings: Settings, engines: EnginePool, loader: ImageLoader, rates: RateLimits) -> None:
         self._settings = settings
@@ -32,11 +32,15 @@ class Planner:
             A data URL for each image, for the engine.
 
         Raises:
-            GatewayError: a budget, an image or the number of images is not served.
+            GatewayError: a budget, an image or the number of images is not served, or all of it is too long.
         """
         record, images = context.record, body.images()
         maximum = cap(context.key.max_budget, self._settings.max_budget)
         choices = choose_budgets(images, body.shared_budget(), header, self._settings.default_budget, maximum)
+        context_length = await self._engines.context_length()
+        if context_length is not None:
+            record.max_model_len = context_length.max_model_len
+            context_length.check(body)
         if not images:
             return []
         param, limit = body.text_fields[0], self._settings.max_images_per_request
@@ -51,4 +55,6 @@ class Planner:
         loaded = await self._loader.load(images, record, context.lease)
         record.image_sizes = tuple((image.height, image.width) for image in loaded)
         record.schedules = plan_images(record.geometry, record.image_sizes, choices)
+        if context_length is not None:
+            context_length.check(body, record.num_placeholders)
         return [image.url for image in loaded]

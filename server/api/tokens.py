@@ -1,24 +1,44 @@
-"""POST /tokenize and POST /detokenize: no model runs, so there is no queue."""
+"""POST /tokenize and POST /detokenize: no model runs, so they do not wait for one.
+
+vLLM's front end tokenizes one text after another, those of other requests included. So texts go there a few at a time,
+through a fair queue of their own.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any, Final
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server import paths
+from server.admission.load import Load
+from server.admission.queue import Admission
 from server.api.intake import Intake
-from server.budget import header_budget, refuse_without_images
+from server.budget import header_budget
 from server.context import Context, RequestContext
 from server.engine.client import EngineCall
 from server.engine.pool import EnginePool
 from server.http.disconnect import until_disconnect
-from server.schemas.engine_json import dump_json
 from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from server.settings import Settings
+
+_BYTES_PER_TOKEN: Final = 4
 
 
-def token_routes(intake: Intake, engines: EnginePool) -> APIRouter:
+class _Tokenizer:
+    """How much text engines get at a time: what vLLM tokenizes in a fraction of a second."""
+
+    capacity = 65_536
+    max_sequences = math.inf
+    away_cost = away_sequences = 0
+
+
+def token_routes(settings: Settings, intake: Intake, engines: EnginePool) -> APIRouter:
     router = APIRouter()
+    admission = Admission(settings, _Tokenizer())
 
     @router.post(paths.TOKENIZE)
     async def tokenize(request: Request, context: Context) -> Response:
@@ -34,10 +54,16 @@ def token_routes(intake: Intake, engines: EnginePool) -> APIRouter:
         request: Request, context: RequestContext, schema: type[TokenizeRequest | DetokenizeRequest]
     ) -> Response:
         body = schema.parse(await intake.read(request, context))
-        refuse_without_images(None, header_budget(request.headers))
+        header_budget(request.headers)  # there are no images that it could be for, but it must be a budget
         record = context.record
         record.model = body.model
-        call = EngineCall(record.route, dump_json(body.sent), record.request_id, record.trace_headers)
-        return JSONResponse(await until_disconnect(request.receive, lambda: engines.complete(call)))
+        call = EngineCall(record.route, body.engine_body(), record.request_id, record.trace_headers)
+        load = Load(len(call.body) // _BYTES_PER_TOKEN + 1)
+
+        async def answer() -> dict[str, Any]:
+            async with admission.admit(load, context.party):
+                return await engines.complete(call)
+
+        return JSONResponse(await until_disconnect(request.receive, answer))
 
     return router

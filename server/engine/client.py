@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import httpx
 
+from server.admission.context_length import ContextLength
+from server.engine.transport import EngineTransport
 from server.errors import (
     EngineDrainingError,
     EngineFailedError,
@@ -35,7 +38,8 @@ _LONGEST_MESSAGE: Final = 2000
 class EngineCall:
     """One request to an engine.
 
-    `cost` (tokens) and `images` (something hashable for each) are what an engine is chosen by; they are not sent.
+    `cost` (tokens) and `images` (something hashable for each) are what an engine is chosen by, and `sequences` is the
+    number of its answers; they are not sent.
     """
 
     path: str
@@ -44,6 +48,20 @@ class EngineCall:
     headers: Mapping[str, str] = field(default_factory=dict)
     cost: int = 0
     images: tuple[Hashable, ...] = ()
+    sequences: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine says that it takes.
+
+    Args:
+        context: None if it does not say.
+        max_sequences: answers that it works on at a time; infinite if it does not say.
+    """
+
+    context: ContextLength | None = None
+    max_sequences: float = math.inf
 
 
 class EventSource(Protocol):
@@ -69,7 +87,10 @@ class HttpEngineClient:
 
     def __init__(self, transport: httpx.AsyncBaseTransport, base_url: str = "http://engine") -> None:
         self._http = httpx.AsyncClient(transport=transport, base_url=base_url, timeout=_ANSWER_TIMEOUT, trust_env=False)
-        self._geometry: Geometry | None = None
+        self.limits = EngineLimits()
+        """As of the last time that the geometry was requested."""
+        self.boot_id = ""
+        """Likewise. Each run of an engine has another one."""
 
     @classmethod
     def at(cls, url: str) -> HttpEngineClient:
@@ -79,16 +100,13 @@ class HttpEngineClient:
             ValueError: any other URL. The sentence does not repeat a password.
         """
         url = url.strip()
-        # No connection is kept for another request: uvicorn closes idle ones after a while, and a request that is
-        # sent at that moment would fail. A new one costs well under a millisecond here.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         if url.startswith("unix:/"):
             path = url.removeprefix("unix:")
             if len(path.encode()) > _LONGEST_SOCKET_PATH:
                 raise ValueError(
                     f"the path of an engine's socket has at most {_LONGEST_SOCKET_PATH} bytes; got {path!r}"
                 )
-            return cls(httpx.AsyncHTTPTransport(uds=path, limits=limits, trust_env=False))
+            return cls(EngineTransport(uds=path))
         try:
             parts = httpx.URL(url)
             is_address = parts.scheme in ("http", "https") and parts.host and (parts.port or 1) in range(1, 65536)
@@ -100,39 +118,38 @@ class HttpEngineClient:
         if parts.userinfo or parts.query or parts.fragment or path.endswith("/v1"):
             root = f"{parts.scheme}://{parts.netloc.decode()}{path.removesuffix('/v1')}"
             raise ValueError(f"an engine's URL has no user, no query and no /v1: give {root}")
-        return cls(httpx.AsyncHTTPTransport(limits=limits, trust_env=False), url.rstrip("/"))
+        ssl_context = httpx.create_ssl_context(trust_env=False) if parts.scheme == "https" else None
+        return cls(EngineTransport(ssl_context=ssl_context), url.rstrip("/"))
 
     async def geometry(self) -> Geometry:
-        """The model's sizes, requested once and again after the engine was away.
+        """The model's sizes.
 
         Raises:
             EngineMismatchError: no VisionDrop in the engine, or one whose rule differs from ours.
         """
-        if self._geometry is None:
-            response = await self._get(GEOMETRY_PATH)
-            if response.status_code == 404:
-                raise EngineMismatchError("the engine runs without the VisionDrop plugin")
-            data = _json_object(response)
-            found = data.get("geometry")
-            found = found if isinstance(found, dict) else {}
-            version = found.get("rule_version")
-            if version != RULE_VERSION:
-                raise EngineMismatchError(
-                    f"the engine (VisionDrop {data.get('plugin_version')}) has version {version} of the budget rule, "
-                    f"this gateway version {RULE_VERSION}: install the same release of visiondrop on both"
-                )
-            try:
-                self._geometry = Geometry.from_dict(found)
-            except (KeyError, TypeError, ValueError) as error:
-                raise EngineMismatchError(f"the engine's geometry cannot be read: {error}") from None
-        return self._geometry
+        response = await self._get(GEOMETRY_PATH)
+        if response.status_code == 404:
+            raise EngineMismatchError("the engine runs without the VisionDrop plugin")
+        data = _json_object(response)
+        found = data.get("geometry")
+        found = found if isinstance(found, dict) else {}
+        version = found.get("rule_version")
+        if version != RULE_VERSION:
+            raise EngineMismatchError(
+                f"the engine (VisionDrop {data.get('plugin_version')}) has version {version} of the budget rule, "
+                f"this gateway version {RULE_VERSION}: install the same release of visiondrop on both"
+            )
+        try:
+            geometry = Geometry.from_dict(found)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineMismatchError(f"the engine's geometry cannot be read: {error}") from None
+        self.limits = _read_limits(data.get("limits"))
+        self.boot_id = str(data.get("boot_id"))
+        return geometry
 
     async def models(self) -> list[dict[str, Any]]:
         """The entries of the engine's own GET /v1/models."""
-        entries = _json_object(await self._get("/v1/models")).get("data")
-        if not isinstance(entries, list):
-            raise EngineFailedError("the engine's list of models cannot be read")
-        return entries
+        return _objects(_json_object(await self._get("/v1/models")).get("data"))
 
     async def is_healthy(self) -> bool:
         try:
@@ -153,7 +170,6 @@ class HttpEngineClient:
         except GatewayError:
             return None
         if response.status_code != 200 and isinstance(error := _refusal(response), EngineDrainingError):
-            self._geometry = None  # what comes back may be another engine
             raise error
         return response.status_code == 200
 
@@ -204,10 +220,8 @@ class HttpEngineClient:
         try:
             return await self._http.send(request, stream=stream)
         except (httpx.ConnectError, httpx.ConnectTimeout):
-            self._geometry = None  # what comes back may be another engine
             raise EngineUnreachableError("the engine cannot be reached; try again later") from None
         except httpx.HTTPError as error:
-            self._geometry = None
             raise _broken_off(error) from None
 
 
@@ -231,6 +245,16 @@ class _HttpEventSource:
         await self._response.aclose()
 
 
+def _read_limits(found: object) -> EngineLimits:
+    values = found if isinstance(found, Mapping) else {}
+    max_model_len, max_chars, max_sequences = (
+        value if isinstance(value, int) and value > 0 else None
+        for value in (values.get(name) for name in ("max_model_len", "max_chars_per_token", "max_num_seqs"))
+    )
+    context = None if max_model_len is None else ContextLength(max_model_len, max_chars)
+    return EngineLimits(context, max_sequences or math.inf)
+
+
 def _broken_off(error: httpx.HTTPError) -> EngineFailedError:
     return EngineFailedError(f"the engine broke off ({type(error).__name__})", code="engine_failed")
 
@@ -242,28 +266,46 @@ async def _read(response: httpx.Response) -> None:
         raise _broken_off(error) from None
 
 
+def read_object(data: bytes) -> dict[str, Any]:
+    """What an engine sent, which must be a JSON object.
+
+    Raises:
+        EngineFailedError: it is something else.
+    """
+    read = _read_json(data)
+    if not isinstance(read, dict):
+        raise _unreadable()
+    return read
+
+
+def _read_json(data: bytes) -> Any:
+    """None if it is no JSON. NaN is none, although Python reads it: a client could not."""
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unreadable() -> EngineFailedError:
+    return EngineFailedError("the engine's answer cannot be read", code="engine_failed")
+
+
 def _json_object(response: httpx.Response) -> dict[str, Any]:
     if response.status_code != 200:
         raise _refusal(response)
-    try:
-        data = json.loads(response.content)
-    except ValueError:
-        data = None
-    if not isinstance(data, dict):
-        raise EngineFailedError("the engine's answer cannot be read", code="engine_failed")
-    return data
+    return read_object(response.content)
 
 
 def _refusal(response: httpx.Response) -> GatewayError:
     """The error for an answer other than 200: the client's fault is passed on, the engine's is not explained."""
-    try:
-        data = json.loads(response.content)
-    except ValueError:
-        data = None
     wait = response.headers.get("Retry-After", "")
     # Digits alone: the header's other form is a date, which depends on clocks.
     seconds = float(wait[:9]) if wait.isascii() and wait.isdecimal() else None
-    return error_from_engine(response.status_code, data, seconds)
+    return error_from_engine(response.status_code, _read_json(response.content), seconds)
 
 
 def error_from_engine(status: int, body: object, retry_after_seconds: float | None = None) -> GatewayError:
@@ -299,11 +341,26 @@ def check_complete(answer: Mapping[str, Any]) -> None:
     """Look at the choices of an answer, or of one of its events.
 
     Raises:
-        EngineFailedError: one was cut off. A vLLM that is stopped may end with `abort` what runs or has just come, and
-            that would pass for an answer.
+        EngineFailedError: they cannot be read, or one was cut off. A vLLM that is stopped may end with `abort` what
+            runs or has just come, and that would pass for an answer.
     """
-    if any(choice.get("finish_reason") == "abort" for choice in answer.get("choices") or ()):
+    if any(choice.get("finish_reason") == "abort" for choice in choices_of(answer)):
         raise EngineFailedError("the engine was stopped before the answer was complete", code="engine_failed")
+
+
+def choices_of(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The choices of an answer, or of one of its events; none if it has none.
+
+    Raises:
+        EngineFailedError: they cannot be read.
+    """
+    return _objects(answer.get("choices") or [])
+
+
+def _objects(items: Any) -> list[dict[str, Any]]:
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise _unreadable()
+    return items
 
 
 def _without_traceback(message: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse, Response
 
-from server.admission.queue import Admission
+from server.admission.load import Load
+from server.admission.queue import WAITED_REASONS, Admission
 from server.context import RequestContext
 from server.engine.client import EngineCall, EventSource
 from server.engine.pool import EnginePool
@@ -28,10 +29,10 @@ class Relay(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AnswerShape:
-    """How a route's answers differ from another's: their events, and their `usage`."""
+    """How a route's answers differ from another's: their events, and their `usage` (made of the engine's)."""
 
     relay: Relay
-    usage: Callable[[RequestRecord, Mapping[str, Any]], dict[str, Any]]
+    usage: Callable[[RequestRecord, Any], dict[str, Any]]
 
 
 class Dispatcher:
@@ -41,26 +42,25 @@ class Dispatcher:
         self._engines = engines
         self._admission = admission
 
-    async def enter(self, context: RequestContext, body: bytes, text_tokens: int, urls: Sequence[str]) -> EngineCall:
+    async def enter(self, context: RequestContext, body: bytes, load: Load, urls: Sequence[str]) -> EngineCall:
         """Wait for a place, which the request holds until its answer is over.
 
         Args:
             body: what the engine gets, on the path that the client used.
-            text_tokens: about how many tokens its text has.
+            load: what the request takes of an engine.
             urls: its images, as in `body`; the record has their schedules.
 
         Raises:
             GatewayError: there is no place for the request.
         """
         record = context.record
-        cost = text_tokens + record.kept
         if not await self._engines.is_ready():
             raise self._engines.refusal()
         began, has_waited = time.monotonic(), True
         try:
-            await context.cleanup.enter_async_context(self._admission.admit(cost))
+            await context.cleanup.enter_async_context(self._admission.admit(load, context.party))
         except GatewayError as error:
-            has_waited = error.reason == "queue_timeout"  # all others are rejected at once
+            has_waited = error.reason in WAITED_REASONS  # all others are rejected at once
             raise
         finally:
             if has_waited:
@@ -69,7 +69,9 @@ class Dispatcher:
             raise EngineUnreachableError("the engine was replaced while the request waited; try again")
         # Megabytes to hash, and of use only where there is a choice.
         images = tuple(hash(url) for url in urls) if len(self._engines.names) > 1 else ()
-        return EngineCall(record.route, body, record.request_id, record.trace_headers, cost, images)
+        return EngineCall(
+            record.route, body, record.request_id, record.trace_headers, load.tokens, images, load.sequences
+        )
 
     async def complete(self, context: RequestContext, call: EngineCall, shape: AnswerShape) -> Response:
         """The engine's whole answer.
@@ -80,7 +82,7 @@ class Dispatcher:
         record = context.record
         answer = await self._engines.complete(call)
         record.engine_answered = True
-        answer["usage"] = shape.usage(record, answer.get("usage") or {})
+        answer["usage"] = shape.usage(record, answer.get("usage"))
         return JSONResponse(answer, headers=record.headers())
 
     async def stream(

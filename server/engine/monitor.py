@@ -8,7 +8,8 @@ be seen, by any of these:
 (c) vLLM's counters having moved. They are read while the canary is late: on an engine that is busy with long answers it
     waits behind them, and that is no stall.
 
-Two bounds follow, both counted from the last sign of progress:
+Two bounds follow, both counted from the last sign of progress, in time in which the gateway itself was not late
+(awake_clock.py):
 
 * After `engine_stall_seconds` the engine gets no new work.
 * After LOST_FACTOR times that, what waits for it is given up. Nothing moves during one step of the engine, and a step
@@ -21,14 +22,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from server.engine.client import EngineCall, HttpEngineClient
+from server.engine.awake_clock import AwakeClock
+from server.engine.client import EngineCall, EngineLimits, HttpEngineClient
 from server.errors import (
     EngineDrainingError,
     EngineMismatchError,
@@ -72,7 +73,7 @@ class EngineState(Enum):
 
 @dataclass(slots=True)
 class Signs:
-    """What has been seen of an engine. Times are those of a monotonic clock, in seconds."""
+    """What has been seen of an engine. Times are those of the monitor's clock, in seconds."""
 
     answers: bool = False
     is_draining: bool = False
@@ -99,6 +100,10 @@ class Served:
     geometry: Geometry
     models: frozenset[str]
     """Their names."""
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    """In these they may differ."""
+    boot_id: str = ""
+    """In this they do differ, and a run of an engine from the next one."""
 
     def check(self, reference: Served) -> None:
         """
@@ -120,8 +125,9 @@ class EngineMonitor:
 
     Args:
         name: the engine's name in the log.
+        clock: what times are measured with; it runs elsewhere.
         reference: what the engine must serve; None if anything will do.
-        on_change: called when the state has changed.
+        on_change: called when the state has changed, or what is served.
         on_lost: called at every probe at which the engine has made no progress for LOST_FACTOR stall bounds.
     """
 
@@ -130,6 +136,7 @@ class EngineMonitor:
         name: str,
         client: HttpEngineClient,
         settings: Settings,
+        clock: AwakeClock,
         *,
         reference: Callable[[], Served | None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
@@ -145,6 +152,7 @@ class EngineMonitor:
         self._reference = reference
         self._on_change = on_change
         self._on_lost = on_lost
+        self._clock = clock
         self._signs = Signs()
         self._reported = EngineState.STARTING
         self._canary: asyncio.Task[None] | None = None
@@ -156,11 +164,11 @@ class EngineMonitor:
     @property
     def state(self) -> EngineState:
         """The state at this moment; costs no I/O."""
-        return state_of(self._signs, time.monotonic(), self._stall_seconds)
+        return state_of(self._signs, self._clock.now(), self._stall_seconds)
 
     def mark_progress(self) -> None:
         """The engine has just done some work."""
-        self._signs.progress_at = time.monotonic()
+        self._signs.progress_at = self._clock.now()
         if self._reported is EngineState.STALLED:
             self._report()
 
@@ -176,16 +184,13 @@ class EngineMonitor:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        slept_at = time.monotonic() - self._interval
         try:
             while True:
-                self._forgive(time.monotonic() - slept_at - self._interval)
                 await self.probe()
                 await self._seek_progress()
                 self._report()
-                if time.monotonic() - self._signs.progress_at >= LOST_FACTOR * self._stall_seconds:
+                if self._clock.now() - self._signs.progress_at >= LOST_FACTOR * self._stall_seconds:
                     self._on_lost()
-                slept_at = time.monotonic()
                 await asyncio.sleep(self._interval)
         finally:
             if self._canary is not None:
@@ -225,23 +230,31 @@ class EngineMonitor:
         except GatewayError:
             pass
         else:
-            self.served = served
-            if not self._signs.fits:
-                # Just started: vLLM starts its HTTP server when its core works.
-                self._signs.fits, self._signs.was_up = True, True
-                self._signs.progress_at = time.monotonic()
+            self._take(served)
+
+    def _take(self, served: Served) -> None:
+        is_replaced = bool(self._signs.fits) and served != self.served
+        self.served = served
+        if is_replaced or not self._signs.fits:
+            # Just started: vLLM starts its HTTP server when its core works.
+            self._signs.fits, self._signs.was_up = True, True
+            self._signs.progress_at = self._clock.now()
+        if is_replaced:
+            _log.warning("engine %s was replaced between two probes", self._name)
+            self._on_change()
 
     async def _read_served(self) -> Served:
-        """Asked for again only after the engine was away."""
+        """The models are requested again only when something else has changed, or the engine was away."""
         geometry = await self._client.geometry()
-        if self._signs.fits and self.served is not None and self.served.geometry == geometry:
-            return self.served
+        limits, boot_id, known = self._client.limits, self._client.boot_id, self.served
+        if self._signs.fits and known is not None and known == Served(geometry, known.models, limits, boot_id):
+            return known
         models = await self._client.models()
-        return Served(geometry, frozenset(str(entry.get("id")) for entry in models))
+        return Served(geometry, frozenset(str(entry.get("id")) for entry in models), limits, boot_id)
 
     async def _seek_progress(self) -> None:
         """Send a canary, or read the counters if it is late; neither while there are other signs."""
-        now = time.monotonic()
+        now = self._clock.now()
         quiet_seconds = now - self._signs.progress_at
         if self._signs.is_draining and quiet_seconds >= self._interval:
             await self._read_counters()  # it refuses canaries
@@ -286,12 +299,7 @@ class EngineMonitor:
         # What moved before the last sign of progress would be news of the past.
         if self._counters_at >= self._signs.progress_at and counters - self._counters:
             self.mark_progress()
-        self._counters, self._counters_at = counters, time.monotonic()
-
-    def _forgive(self, overslept_seconds: float) -> None:
-        """Time in which the gateway itself stood still must not count against the engine."""
-        if overslept_seconds >= self._quiet_seconds:
-            self._signs.progress_at += overslept_seconds
+        self._counters, self._counters_at = counters, self._clock.now()
 
     def _report(self) -> None:
         state, before = self.state, self._reported

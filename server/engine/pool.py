@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
+from server.admission.context_length import ContextLength
+from server.engine.awake_clock import AwakeClock
 from server.engine.client import EngineCall, EventSource, HttpEngineClient
 from server.engine.monitor import EngineMonitor, EngineState, Served
 from server.errors import (
@@ -40,6 +43,10 @@ engine's capacity would not.
 _NUM_REMEMBERED_IMAGES: Final = 10_000
 """For each engine. More than its caches hold; the keys take about a megabyte."""
 
+_WAITING_SHARE: Final = 1 / 8
+"""Of the sequences that an engine works on: so many more wait in its front end, prepared, so that no place in the batch
+stays empty. Who waits there cannot be overtaken."""
+
 _log = logging.getLogger("visiondrop")
 
 
@@ -51,6 +58,7 @@ class EnginePool:
 
     def __init__(self, engines: Mapping[str, HttpEngineClient], settings: Settings) -> None:
         self.on_capacity_change: Callable[[], None] | None = None
+        self.clock = AwakeClock()
         self._settings = settings
         self._slack = AFFINITY_SLACK * settings.max_inflight_tokens
         self._engines = {name: _Engine(self, name, client, settings) for name, client in engines.items()}
@@ -79,9 +87,25 @@ class EnginePool:
         return sum(engine.is_up for engine in self._engines.values()) * self._settings.max_inflight_tokens
 
     @property
+    def max_sequences(self) -> float:
+        """Answers that the engines which are up take at a time; infinite if one of them does not say."""
+        return sum(engine.max_sequences for engine in self._engines.values() if engine.is_up)
+
+    @property
     def away_cost(self) -> int:
         """Outstanding cost of the engines that are not up: they finish it, or lose it."""
         return sum(engine.cost for engine in self._engines.values() if not engine.is_up)
+
+    @property
+    def away_sequences(self) -> int:
+        """Likewise, the answers."""
+        return sum(engine.num_sequences for engine in self._engines.values() if not engine.is_up)
+
+    async def context_length(self) -> ContextLength | None:
+        """Of the engines that are up, that which takes the longest requests; None if none says how long."""
+        served = [engine.monitor.served for engine in await self._engines_up()]
+        known = [item.limits.context for item in served if item is not None and item.limits.context is not None]
+        return max(known, key=lambda context: context.max_model_len, default=None)
 
     def refusal(self) -> GatewayError:
         """Why no engine takes work, when none is up."""
@@ -98,6 +122,7 @@ class EnginePool:
             await asyncio.gather(*probes, return_exceptions=True)
             self._is_watched = True
             async with asyncio.TaskGroup() as group:
+                group.create_task(self.clock.run())
                 for engine in self._engines.values():
                     group.create_task(self._watch(engine))
         finally:
@@ -229,14 +254,17 @@ class _Engine:
         self.client = client
         self.cost = 0
         self.num_requests = 0
+        self.num_sequences = 0
         self.chosen_at = 0
         self._pool = pool
         self._images: OrderedDict[Hashable, None] = OrderedDict()
+        self._served: Served | None = None
         self._waits: set[asyncio.Timeout] = set()
         self.monitor = EngineMonitor(
             name,
             client,
             settings,
+            pool.clock,
             reference=lambda: pool.reference_for(name),
             on_change=self._on_change,
             on_lost=self._give_up,
@@ -245,6 +273,12 @@ class _Engine:
     @property
     def is_up(self) -> bool:
         return self.monitor.state is EngineState.UP
+
+    @property
+    def max_sequences(self) -> float:
+        served = self.monitor.served
+        working = math.inf if served is None else served.limits.max_sequences
+        return working if math.isinf(working) else working + math.ceil(working * _WAITING_SHARE)
 
     def num_seen(self, images: set[Hashable]) -> int:
         return sum(image in self._images for image in images)
@@ -281,8 +315,9 @@ class _Engine:
         return _Wait(self._waits)
 
     def _on_change(self) -> None:
-        if self.monitor.state in (EngineState.DRAINING, EngineState.DOWN):
+        if self.monitor.state in (EngineState.DRAINING, EngineState.DOWN) or self.monitor.served is not self._served:
             self._images.clear()  # its caches are gone with it
+        self._served = self.monitor.served
         self._pool.notify_change()
 
     def _give_up(self) -> None:
@@ -300,8 +335,10 @@ class _Work:
         self._engine = engine
         self._cost = call.cost
         self._is_over = False
+        self._sequences = call.sequences
         engine.cost += call.cost
         engine.num_requests += 1
+        engine.num_sequences += call.sequences
         engine.remember(call.images)
 
     def end(self) -> None:
@@ -310,6 +347,7 @@ class _Work:
             self._is_over = True
             self._engine.cost -= self._cost
             self._engine.num_requests -= 1
+            self._engine.num_sequences -= self._sequences
 
 
 class _Wait:

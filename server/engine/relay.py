@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
-from server.engine.client import EventSource, check_complete, error_from_engine
+from server.engine.client import EventSource, check_complete, choices_of, error_from_engine, read_object
 from server.engine.dispatch import AnswerShape
 from server.errors import EngineFailedError, GatewayError, error_event
 from server.telemetry.record import RequestRecord
@@ -19,12 +19,14 @@ async def relay_events(
 ) -> AsyncGenerator[bytes, None]:
     """The client's events, `data: ...` with the empty line that ends each.
 
-    The engine is always asked for usage; without `include_usage` its chunk is taken out. If the engine breaks off or
-    reports an error, the last event is an OpenAI error object, and no `[DONE]` follows.
+    The engine is always asked for usage; without `include_usage` its chunk is taken out. If the engine breaks off,
+    reports an error, or no usage that can be read, the last event is an OpenAI error object, and no `[DONE]` follows.
     """
     try:
         async for data in source:
             if data == _DONE:
+                if record.engine_usage is None:
+                    raise EngineFailedError("the engine's answer ended without its usage", code="engine_failed")
                 yield _event(_DONE)
                 return
             relayed = _relay_chunk(data, record, include_usage)
@@ -46,7 +48,7 @@ def _relay_chunk(data: bytes, record: RequestRecord, include_usage: bool) -> byt
     check_complete(chunk)
     if _has_text(chunk):
         record.mark_token()
-    if not chunk.get("usage"):
+    if chunk.get("usage") is None:
         return data
     chunk["usage"] = record.usage(chunk["usage"])
     if not include_usage:
@@ -62,12 +64,7 @@ def read_event(data: bytes) -> dict[str, Any]:
     Raises:
         GatewayError: it is an error object, or cannot be read.
     """
-    try:
-        event = json.loads(data)
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
-        raise EngineFailedError("the engine's answer cannot be read", code="engine_failed")
+    event = read_object(data)
     if "error" in event or event.get("type") == "error":
         error = event.get("error")
         code = error.get("code") if isinstance(error, Mapping) else None
@@ -77,9 +74,10 @@ def read_event(data: bytes) -> dict[str, Any]:
 
 def _has_text(chunk: Mapping[str, Any]) -> bool:
     """Whether an event brings a part of the answer, not only its frame (role, usage)."""
-    for choice in chunk.get("choices") or ():
-        delta = choice.get("delta") or {}
-        if choice.get("text") or any(delta.get(name) for name in ("content", "reasoning", "tool_calls")):
+    for choice in choices_of(chunk):
+        delta = choice.get("delta")
+        parts = delta if isinstance(delta, Mapping) else {}
+        if choice.get("text") or any(parts.get(name) for name in ("content", "reasoning", "tool_calls")):
             return True
     return False
 

@@ -12,17 +12,19 @@ from server.engine.client import EventSource
 from server.engine.dispatch import AnswerShape
 from server.engine.relay import dump_event, read_event
 from server.errors import EngineFailedError, GatewayError
+from server.schemas.engine_usage import ResponsesUsage
 from server.telemetry.record import RequestRecord
 
-_LAST: Final = ("response.completed", "response.incomplete", "response.failed")
+_WITH_USAGE: Final = ("response.completed", "response.incomplete")
+_LAST: Final = (*_WITH_USAGE, "response.failed")
 
 
 async def relay_responses(
     source: EventSource, record: RequestRecord, *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The client's events, named as OpenAI does. The last one always has the usage.
+    """The client's events, named as OpenAI does. The last one always has the usage, unless the engine failed.
 
-    If the engine breaks off or reports an error, the last event is `error`.
+    If the engine breaks off, reports an error, or no usage that can be read, the last event is `error`.
     """
     assert include_usage
     number = 0
@@ -30,12 +32,14 @@ async def relay_responses(
         async for data in source:
             event = read_event(data)
             kind = str(event.get("type"))
-            number = int(event.get("sequence_number") or number)
+            sent_number = event.get("sequence_number")
+            number = sent_number if isinstance(sent_number, int) else number + 1
             if kind.endswith(".delta"):
                 record.mark_token()
-            response = event.get("response")
-            if isinstance(response, dict) and response.get("usage"):
-                response["usage"] = _usage(record, response["usage"])
+            response: Any = event.get("response")
+            usage = response.get("usage") if isinstance(response, dict) else None
+            if usage is not None or kind in _WITH_USAGE:
+                response["usage"] = _usage(record, usage)
             if kind == "response.failed":
                 record.mark_failure(EngineFailedError("the engine failed on this request", code="engine_failed"))
             yield _event(kind, event)
@@ -49,15 +53,24 @@ async def relay_responses(
         yield _event("error", {**body["error"], "type": "error", "sequence_number": number + 1, **body})
 
 
-def _usage(record: RequestRecord, engine_usage: Mapping[str, Any]) -> dict[str, Any]:
-    """The engine's usage with our figures; in the record it stands as that of a chat completion."""
-    details = engine_usage.get("input_tokens_details") or {}
-    names = (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens"), ("total_tokens",) * 2)
-    ours = record.usage({chat: engine_usage.get(name) or 0 for name, chat in names})
+def _usage(record: RequestRecord, reported: Any) -> dict[str, Any]:
+    """The engine's usage with our figures; in the record it stands as that of a chat completion.
+
+    Raises:
+        EngineFailedError: it cannot be read.
+    """
+    usage = ResponsesUsage.parse(reported)
+    ours = record.usage(
+        {
+            "prompt_tokens": usage.input_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.total_tokens,
+        }
+    )
     counts = {name: ours["prompt_tokens_details"][name] for name in ("image_tokens", "text_tokens")}
     return {
-        **engine_usage,
-        "input_tokens_details": {**details, **counts},
+        **reported,
+        "input_tokens_details": {**(reported.get("input_tokens_details") or {}), **counts},
         "visual_tokens": ours["visual_tokens"],
     }
 

@@ -2,6 +2,8 @@
 
     connected --header_seconds--> headers --body_seconds--> body --> answer, its bytes taken within send_seconds
 
+A body must also keep coming, at `min_upload_bytes_per_second`: one that stalls holds memory that others need.
+
 A request that is late gets a 408 with OpenAI's error object, one that is not HTTP a 400, and the app sees a disconnect.
 A connection on which nothing was ever sent is closed silently. Between requests uvicorn's keep-alive time holds.
 
@@ -13,6 +15,7 @@ of a body.
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -32,6 +35,11 @@ from server.telemetry.record import choose_request_id
 MAX_HEADER_BYTES: Final = 64 * 1024
 """Request line and headers together; also the size line of a chunk, or its trailers."""
 
+_ABSOLUTE_TARGET: Final = re.compile(rb"https?://[^/?]*", re.IGNORECASE)
+
+_UPLOAD_SECONDS: Final = 10.0
+"""The rate of a body is looked at so often: longer than a lost packet or a phone's change of cells interrupts it."""
+
 _LINGER_SECONDS: Final = 2.0
 """After a refusal the rest of the request is taken in and thrown away: a reset would cost the client the answer."""
 
@@ -44,10 +52,17 @@ class ConnectionLimits:
     body_seconds: float
     send_seconds: float
     max_connections: int
+    min_upload_bytes_per_second: int = 0
 
     @classmethod
     def of(cls, settings: Settings, max_connections: int) -> Self:
-        return cls(settings.header_seconds, settings.body_seconds, settings.send_seconds, max_connections)
+        return cls(
+            settings.header_seconds,
+            settings.body_seconds,
+            settings.send_seconds,
+            max_connections,
+            settings.min_upload_bytes_per_second,
+        )
 
 
 class _Phase(Enum):
@@ -74,10 +89,12 @@ class ConnectionGuard(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = _BoundedConnection(h11.SERVER, MAX_HEADER_BYTES)
+        self.conn = _StrictConnection(h11.SERVER, MAX_HEADER_BYTES)
         self._phase = (_Phase.REQUEST, self.cycle)
         self._deadline: asyncio.TimerHandle | None = None
         self._send_watch: asyncio.TimerHandle | None = None
+        self._upload_watch: asyncio.TimerHandle | None = None
+        self._num_received = 0
         self._is_refused = False
 
     # What the transport calls
@@ -94,12 +111,14 @@ class ConnectionGuard(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._arm(None)
         self._watch_sending(None)
+        self._watch_upload(is_on=False)
         self.waiting.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
+        self._num_received += len(data)
         super().data_received(data)
         self._follow()
 
@@ -122,6 +141,9 @@ class ConnectionGuard(H11Protocol):
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
             sentence = f"the request's headers are larger than {MAX_HEADER_BYTES} bytes"
             self._refuse(InvalidRequestError(sentence, code="headers_too_large"), status=431)
+        elif isinstance(error, _TwoLengthsError):
+            sentence = "the request has both Content-Length and Transfer-Encoding; send one of them"
+            self._refuse(InvalidRequestError(sentence, code="invalid_http"))
         else:
             self._refuse(InvalidRequestError("the request is not valid HTTP/1.1", code="invalid_http"))
 
@@ -164,6 +186,7 @@ class ConnectionGuard(H11Protocol):
             self.waiting[self] = None
         else:
             self.waiting.pop(self, None)
+        self._watch_upload(is_on=phase is _Phase.BODY)
         if not is_first:
             seconds = {_Phase.HEADERS: self.limits.header_seconds, _Phase.BODY: self.limits.body_seconds}
             self._arm(seconds.get(phase))
@@ -183,6 +206,24 @@ class ConnectionGuard(H11Protocol):
             part, seconds = ("body", self.limits.body_seconds)
         sentence = f"the request's {part} did not arrive within {seconds:g} s"
         self._refuse(SlowRequestError(sentence, code="request_timeout"))
+
+    def _watch_upload(self, *, is_on: bool) -> None:
+        """End a body that comes too slowly. A client that is not read from, since the app is late, cannot send."""
+        if self._upload_watch is not None:
+            self._upload_watch.cancel()
+            self._upload_watch = None
+        rate, num_before = self.limits.min_upload_bytes_per_second, self._num_received
+        if not is_on or not rate:
+            return
+
+        def probe() -> None:
+            if self._num_received - num_before >= rate * _UPLOAD_SECONDS or self.flow.read_paused:
+                self._watch_upload(is_on=True)
+                return
+            sentence = f"the request's body came at less than {rate} bytes a second for {_UPLOAD_SECONDS:g} s"
+            self._refuse(SlowRequestError(sentence, code="request_timeout"))
+
+        self._upload_watch = self.loop.call_later(_UPLOAD_SECONDS, probe)
 
     def _watch_sending(self, num_unsent: int | None, blocked_seconds: float = 0.0) -> None:
         """Abort when the client takes no byte for too long. `num_unsent` None: nothing is left to watch."""
@@ -264,15 +305,38 @@ def guard_connections(limits: ConnectionLimits) -> type[ConnectionGuard]:
     return type("GuardedConnection", (ConnectionGuard,), {"limits": limits, "waiting": {}})
 
 
-class _BoundedConnection(h11.Connection):
-    """h11 bounds headers that are incomplete; those that come whole can be larger."""
+class _TwoLengthsError(h11.RemoteProtocolError):
+    """A proxy might read another length out of it, and take the rest for the next client's request."""
+
+
+class _StrictConnection(h11.Connection):
+    """What h11 leaves to its users.
+
+    It bounds headers that are incomplete; those that come whole can be larger. It prefers Transfer-Encoding to
+    Content-Length. It hands on targets as they came; the path of an absolute one is what all others are
+    (RFC 9112, 3.2.2). It does not accept a body in the answer to HEAD.
+    """
+
+    _is_head = False
+
+    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:  # what `send` is made of
+        return [] if self._is_head and isinstance(event, h11.Data) else super().send_with_data_passthrough(event)
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         event = super().next_event()
         if isinstance(event, h11.Request):
+            self._is_head = event.method == b"HEAD"
             size = len(event.method) + len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
             if size > MAX_HEADER_BYTES:
                 raise h11.RemoteProtocolError("headers too large", error_status_hint=431)
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
+                raise _TwoLengthsError("two lengths")
+            if absolute := _ABSOLUTE_TARGET.match(event.target):
+                path = event.target[absolute.end() :]
+                target = path if path.startswith(b"/") else b"/" + path
+                return h11.Request(
+                    method=event.method, target=target, headers=event.headers, http_version=event.http_version
+                )
         return event
 
 

@@ -1,9 +1,11 @@
 """What surrounds every request.
 
-RecordingMiddleware    the outermost layer: the request's context, its id, its line in log and metrics, its clean-up
+BrowserMiddleware      answers browsers that ask whether a page may use the server, if it is set up (browser.py)
+RecordingMiddleware    the request's context, its id, its line in log and metrics, its clean-up
 AccessMiddleware       who may come in: every route but the liveness probe needs a key, when there are keys
+HeadMiddleware         HEAD wherever GET is
 
-The outermost layer also answers for defects: an exception that nobody foresaw becomes error 500, with the traceback in
+RecordingMiddleware also answers for defects: an exception that nobody foresaw becomes error 500, with the traceback in
 the server's log.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,6 +24,7 @@ from server.admission.keys import ApiKeys
 from server.context import context_of
 from server.errors import AuthenticationError, InternalError, error_event, error_response
 from server.telemetry.metrics import Metrics
+from server.telemetry.record import RequestRecord
 from server.telemetry.tracing import Tracing
 
 REQUEST_LOG: Final = "visiondrop.requests"
@@ -83,6 +87,15 @@ class RecordingMiddleware:
         finally:
             if context.refusal is not None:
                 record.mark_failure(context.refusal)  # to the app it seemed that the client had left
+            self._account_for(record, is_work)
+
+    def _account_for(self, record: RequestRecord, is_work: bool) -> None:
+        """Count and log a request that is over. A defect in one of these steps does not keep the others from it."""
+        with ExitStack() as steps:
+            if is_work:
+                # In ASCII: nothing in it steers a terminal.
+                steps.callback(lambda: _request_log.info(json.dumps(record.log_fields())))
+                steps.callback(self._metrics.inflight.dec)
             record.mark_end()
             self._metrics.observe(record, is_work=is_work)
             if record.is_mismatch:
@@ -92,9 +105,6 @@ class RecordingMiddleware:
                     record.image_tokens,
                     record.num_placeholders,
                 )
-            if is_work:
-                self._metrics.inflight.dec()
-                _request_log.info(json.dumps(record.log_fields(), ensure_ascii=False))
 
 
 class AccessMiddleware:
@@ -115,3 +125,19 @@ class AccessMiddleware:
                 return
             context.record.key_name = context.key.name
         await self._app(scope, receive, send)
+
+
+class HeadMiddleware:
+    """ASGI middleware. HEAD is answered as GET is, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self._app({**scope, "method": "GET"}, receive, send_head)
+        else:
+            await self._app(scope, receive, send)

@@ -31,6 +31,7 @@ from server.errors import ImageUnavailableError, OverloadedError, PayloadTooLarg
 from server.images.addresses import IPAddress, is_public
 from server.images.url import ImageUrlError, parse_image_url, port_of
 from server.settings import Settings
+from server.sockets import OwnedSocket
 from server.version import package_version
 
 Resolver: TypeAlias = Callable[[str, int], Awaitable[list[IPAddress]]]
@@ -158,16 +159,16 @@ class ImageFetcher:
     async def _get(self, url: httpx.URL) -> AsyncIterator[httpcore.Response]:
         scheme, host, port = url.raw_scheme, url.raw_host, port_of(url)
         headers = [(b"Host", url.netloc), *self._headers]
-        backend = _PinnedBackend(await self._checked_addresses(host.decode("ascii"), port))
+        pinned = _PinnedSocket(await self._checked_addresses(host.decode("ascii"), port))
         connection = httpcore.AsyncHTTPConnection(
-            httpcore.Origin(scheme, host, port), ssl_context=self._ssl_context, network_backend=backend
+            httpcore.Origin(scheme, host, port), ssl_context=self._ssl_context, network_backend=pinned
         )
         target = httpcore.URL(scheme=scheme, host=host, port=port, target=url.raw_path)
         try:
             async with connection.stream("GET", target, headers=headers) as response:
                 yield response
         finally:
-            await backend.aclose()
+            await pinned.aclose()
 
     async def _checked_addresses(self, host: str, port: int) -> list[IPAddress]:
         addresses = await self._resolve(host, port)
@@ -220,13 +221,12 @@ _FAILURES: Final = (
 )
 
 
-class _PinnedBackend(httpcore.AsyncNetworkBackend):
+class _PinnedSocket(OwnedSocket):
     """Connects to one of the given addresses, whatever the host is called. TLS still verifies the name."""
 
     def __init__(self, addresses: list[IPAddress]) -> None:
+        super().__init__()
         self._addresses = addresses
-        self._sockets = httpcore.AnyIOBackend()
-        self._stream: httpcore.AsyncNetworkStream | None = None
 
     async def connect_tcp(
         self,
@@ -239,17 +239,10 @@ class _PinnedBackend(httpcore.AsyncNetworkBackend):
         failure: Exception = httpcore.ConnectError("no address")
         for address in self._addresses:
             try:
-                self._stream = await self._sockets.connect_tcp(str(address), port, _CONNECT_SECONDS)
+                return await super().connect_tcp(str(address), port, _CONNECT_SECONDS)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
-            else:
-                return self._stream
         raise failure
-
-    async def aclose(self) -> None:
-        # Not left to httpcore, which forgets the socket when it is cancelled during the TLS handshake.
-        if self._stream is not None:
-            await self._stream.aclose()
 
 
 @cache

@@ -29,6 +29,8 @@ _EXCEPTION_LINE: Final = re.compile(r"\b(?:\w+\.)*[A-Z]\w*(?:Error|Exception): \
 _USAGE_LINE: Final = re.compile(r"\berror: \S.*")
 # vLLM's outermost exceptions only point to the one that counts.
 _POINTERS: Final = ("See root cause above", "EngineDeadError", "Failed core proc")
+# Of the API server, when its core is gone and nobody had asked it to go (vllm/v1/engine/core_client.py).
+_CORE_LOST: Final = ("engine core exited unexpectedly", "EngineDeadError")
 
 
 def activity(path: Path) -> str:
@@ -55,6 +57,11 @@ def last_error(path: Path) -> str | None:
             if match and not any(pointer in line for pointer in _POINTERS):
                 return match.group()
     return None
+
+
+def has_lost_its_core(path: Path) -> bool:
+    """Whether the engine's process that computes ended before the one that writes most of the log."""
+    return any(words in line for line in _tail(path) for words in _CORE_LOST)
 
 
 def _tail(path: Path) -> list[str]:

@@ -67,7 +67,7 @@ class EngineProcess:
         error = log.last_error(self.log_path)
         cause = f": {error}" if error else ""
         when = " while it was loading" if while_loading else ""
-        how = _describe_status(self._process.returncode)
+        how = _describe_status(self._process.returncode, log.has_lost_its_core(self.log_path))
         return f"the engine stopped{when} ({how}){cause}. Its log: {self.log_path}"
 
     async def stop(self) -> None:
@@ -85,9 +85,13 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def _describe_status(status: int | None) -> str:
+def _describe_status(status: int | None, has_lost_its_core: bool) -> str:
     if status is None:
         return "no exit status"
+    if has_lost_its_core and status >= 0:  # vLLM's API server then ends as if it had been asked to
+        return "its process EngineCore ended unexpectedly"
+    if status == 0:
+        return "without an error"
     number = -status if status < 0 else status - 128
     if number > 0:
         with suppress(ValueError):

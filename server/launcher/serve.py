@@ -3,8 +3,8 @@
 1. The ports are taken, so that a conflict is reported before an engine loads.
 2. The engine is started, or contacted, and waited for.
 3. Requests are served. A child engine that stops is started again (supervisor.py).
-4. The first SIGINT or SIGTERM begins the drain: newcomers get a 503, what is in flight may finish within the grace
-   time, and is cut off then.
+4. The first SIGINT, SIGTERM or SIGHUP begins the drain: newcomers get a 503, what is in flight may finish within the
+   grace time, and is cut off then.
 5. The server ends, then the engine. A second signal, at any time, ends everything at once.
 """
 
@@ -21,14 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fastapi import FastAPI
+
 from server.admission.drain import Drain
-from server.app import create_app, metrics_app_of
+from server.app import create_app, keys_of, metrics_app_of
 from server.engine.client import HttpEngineClient
 from server.engine.pool import EnginePool
 from server.errors import EngineFailedError, EngineUnreachableError, GatewayError
 from server.http.connection import ConnectionLimits
 from server.http.listener import Address, StartError, bound_socket, url_of, why_not_bound
 from server.http.server import HttpServer, allowed_connections, serve_metrics, silence_late_results
+from server.launcher.output import escaped, num_dropped_lines
 from server.launcher.progress import Progress
 from server.launcher.supervisor import Backoff, Supervisor
 from server.settings import Settings
@@ -81,9 +84,9 @@ async def _serve_child(
         ready = _wait_ready(client, settings, progress, supervisor.activity)
         try:
             await _first_of(ready, supervisor.wait_exit(), stop.wait())
-        except StartError:
+        except StartError as error:
             supervisor.keep_logs()
-            raise
+            raise StartError(f"{error}. Its log: {supervisor.log_path}") from None
         finally:
             progress.clear()
         if stop.is_set():
@@ -200,14 +203,14 @@ async def _serve_until(
 ) -> None:
     """Serve until stopped; requests in flight are given some time to end. `watch` runs until then."""
     drain = Drain()
-    app = create_app(settings, pool, drain)
+    app = create_app(settings, pool, drain, num_dropped_lines=num_dropped_lines)
     limits = ConnectionLimits.of(settings, allowed_connections(settings.max_connections))
     server = HttpServer(app, limits)
     url = url_of(listeners.main)
     try:
         async with serve_metrics(metrics_app_of(app), listeners.metrics):
             serving = asyncio.ensure_future(server.serve(sockets=[listeners.main]))
-            ends = [stop.wait(), _announce(server, pool, url, listeners)] + ([watch] if watch else [])
+            ends = [stop.wait(), _announce(server, pool, app, listeners)] + ([watch] if watch else [])
             try:
                 await _first_of(asyncio.shield(serving), *ends)
                 await _finish(server, drain, settings.shutdown_seconds)
@@ -234,8 +237,8 @@ def _requests(number: int) -> str:
     return "1 request" if number == 1 else f"{number} requests"
 
 
-async def _announce(server: HttpServer, pool: EnginePool, url: str, listeners: _Listeners) -> None:
-    """Report what is served where, once it is; never returns."""
+async def _announce(server: HttpServer, pool: EnginePool, app: FastAPI, listeners: _Listeners) -> None:
+    """Report what is served where and to whom, once it is; never returns."""
     while not server.started:  # noqa: ASYNC110  # uvicorn offers no event
         await asyncio.sleep(0.02)
     await pool.check()
@@ -243,8 +246,12 @@ async def _announce(server: HttpServer, pool: EnginePool, url: str, listeners: _
         names = ", ".join(str(entry.get("id")) for entry in await pool.models())
     except GatewayError as error:
         names = f"a model whose name is unknown ({error.message})"
+    url = url_of(listeners.main)
     if listeners.metrics is not None:
-        say(f"metrics at {url_of(listeners.metrics)}/metrics")
+        say(f"metrics at {url_of(listeners.metrics)}/metrics, for everybody who can reach it")
+    num_keys = len(keys_of(app).names)
+    keys = "1 API key" if num_keys == 1 else f"{num_keys} API keys"
+    say(f"open to {f'holders of {keys}' if num_keys else f'everybody who can reach {url}'}")
     say(f"serving {names} at {url}/v1 (Ctrl-C stops)")
     await asyncio.Event().wait()
 
@@ -263,7 +270,7 @@ async def _first_of(*awaitables: Awaitable[object]) -> None:
 
 
 def _stop_on_signals(kill: Callable[[], None]) -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; at the second, `kill` is called and the process ends at once."""
+    """An event that the first signal to stop sets; at the second, `kill` is called and the process ends at once."""
     stop = asyncio.Event()
 
     def on_signal() -> None:
@@ -275,7 +282,8 @@ def _stop_on_signals(kill: Callable[[], None]) -> asyncio.Event:
 
     loop = asyncio.get_running_loop()
     silence_late_results(loop)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup has it
+    for number in (signal.SIGINT, signal.SIGTERM, *(() if is_hangup_ignored else (signal.SIGHUP,))):
         loop.add_signal_handler(number, on_signal)
     return stop
 
@@ -299,9 +307,9 @@ def _bound_sockets(settings: Settings, address: Address) -> Generator[_Listeners
 
 def say_error(sentence: object) -> None:
     """Why a command fails."""
-    print(f"{ERROR_PREFIX}{sentence}", file=sys.stderr)
+    print(f"{ERROR_PREFIX}{escaped(str(sentence))}", file=sys.stderr)
 
 
 def say(sentence: str) -> None:
     """For the person at the terminal; standard output is for the request log."""
-    print(f"visiondrop: {sentence}", file=sys.stderr, flush=True)
+    print(f"visiondrop: {escaped(sentence)}", file=sys.stderr, flush=True)

@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictStr,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 
 from server.budget import BudgetField, RequestedImage
 from server.errors import InvalidRequestError
@@ -18,26 +28,36 @@ from server.schemas.refusals import message_refusal
 from vd_plugin.schedule import Budget, Schedule
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class PartFields(BaseModel):
+    """What clients add to content parts for other servers; it changes nothing, and the engine does not get it."""
 
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    cache_control: dict[str, Any] | None = None
+    """Changes nothing; likewise the next four."""
+    format: StrictStr | None = None
+    mime_type: StrictStr | None = None
+    name: StrictStr | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
+NO_EFFECT_IN_PARTS: Final = frozenset(PartFields.model_fields)
+
+
+class TextPart(PartFields):
     type: Literal["text"]
     text: StrictStr
 
 
-class RefusalPart(BaseModel):
+class RefusalPart(PartFields):
     """An assistant's earlier refusal, sent back as history."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["refusal"]
     refusal: StrictStr
 
 
-class ImageFields(BaseModel):
+class ImageFields(PartFields):
     """What a request may set for one image, on any route."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     detail: Literal["auto", "low", "high", "original", "full"] | None = None
     """OpenAI's level of detail; `visual_token_budget` takes precedence."""
@@ -50,12 +70,16 @@ class ImageUrl(ImageFields):
     """A data URL (data:image/png;base64,...) or, where the server fetches images, an https: URL."""
 
 
-class ImagePart(BaseModel):
-    # Above all `uuid`: it would let a client name entries of the engine's caches.
-    model_config = ConfigDict(extra="forbid")
+def _with_url(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+class ImagePart(PartFields):
+    """An image. Unknown fields are refused, above all `uuid`: it would name entries of the engine's caches."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[ImageUrl, BeforeValidator(_with_url, json_schema_input_type=ImageUrl | StrictStr)]
+    """A string is the `url` alone."""
 
 
 def part_tag(*kinds: str) -> Callable[[Any], str | None]:
@@ -101,11 +125,31 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: StrictStr
-    content: Content | None = None
+    content: Annotated[Content | None, Field(validate_default=True)] = None
     name: StrictStr | None = None
     tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: StrictStr | None = None
     reasoning: StrictStr | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, content: Content | None, info: ValidationInfo) -> Content | None:
+        if content is None and info.data.get("role") != "assistant":
+            raise ValueError(
+                "content must be a string or a list of content parts; only an assistant's message may be without it"
+            )
+        return content
+
+    def texts(self) -> Iterator[str]:
+        """Those of the content."""
+        if isinstance(self.content, str):
+            yield self.content
+            return
+        for part in self.content or ():
+            if isinstance(part, TextPart):
+                yield part.text
+            elif isinstance(part, RefusalPart):
+                yield part.refusal
 
 
 class FunctionDefinition(BaseModel):
@@ -152,11 +196,17 @@ class ChatFields(CompletionFields):
 
     logprobs: bool | None = None
     max_completion_tokens: Count | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    """Changes nothing: answers are text."""
     parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None
+    """Changes nothing."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     tool_choice: ToolChoice | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=1024)] | None = None
     top_logprobs: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Changes nothing."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -169,6 +219,7 @@ class ChatRequest(ChatFields):
     """A chat completion request."""
 
     text_fields: ClassVar = ("messages", "tools", "documents")
+    takes_images: ClassVar = True
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     visual_token_budget: BudgetField | None = None
@@ -180,9 +231,9 @@ class ChatRequest(ChatFields):
             for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
                 if isinstance(part, ImagePart):
                     path, image = f"messages[{turn}].content[{place}].image_url", part.image_url
-                    found.append(
-                        RequestedImage(path, f"{path}.url", image.url, image.visual_token_budget, image.detail)
-                    )
+                    is_string = isinstance(self.sent["messages"][turn]["content"][place]["image_url"], str)
+                    url_path = path if is_string else f"{path}.url"
+                    found.append(RequestedImage(path, url_path, image.url, image.visual_token_budget, image.detail))
         return found
 
     def shared_budget(self) -> Budget | None:
@@ -190,6 +241,14 @@ class ChatRequest(ChatFields):
 
     def text_tokens(self) -> int:
         return estimate_text_tokens(self._texts())
+
+    @property
+    def answer_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def certain_prompts(self) -> Iterable[int]:
+        """What users say: templates may leave out the rest, and trim."""
+        yield sum(len(text.strip()) for message in self.messages if message.role == "user" for text in message.texts())
 
     def check_schedules(self, schedules: Iterable[Schedule]) -> None:
         """Log-probabilities of a prompt exist for every token of it, and pruned ones are gone."""
@@ -202,7 +261,7 @@ class ChatRequest(ChatFields):
 
     def engine_fields(self, urls: Sequence[str]) -> Mapping[str, Any]:
         left = iter(urls)
-        messages = [_engine_message(message, left) for message in self.messages]
+        messages = [engine_message(message, left) for message in self.messages]
         return {**super().engine_fields(urls), "messages": messages}
 
     def check(self) -> None:
@@ -212,13 +271,7 @@ class ChatRequest(ChatFields):
     def _texts(self) -> Iterator[str]:
         """All that the template may write into the prompt."""
         for message, sent in zip(self.messages, self.sent["messages"], strict=True):
-            if isinstance(message.content, str):
-                yield message.content
-            else:
-                for part in message.content or ():
-                    text = getattr(part, "text", None) or getattr(part, "refusal", None)
-                    if isinstance(text, str):
-                        yield text
+            yield from message.texts()
             if rest := {name: value for name, value in sent.items() if name not in ("role", "content")}:
                 yield json.dumps(rest, ensure_ascii=False)
         for name in ("tools", "documents"):
@@ -238,13 +291,14 @@ def refuse_engine_fields(messages: Sequence[Message]) -> None:
                 raise InvalidRequestError(reason, param=f"messages[{turn}].{name}")
 
 
-def _engine_message(message: Message, urls: Iterator[str]) -> dict[str, Any]:
+def engine_message(message: Message, urls: Iterator[str]) -> dict[str, Any]:
+    """A message for the engine; `urls` stand in the places of its images."""
     body = message.model_dump(exclude_unset=True, exclude={"content"})
     if isinstance(message.content, list):
         body["content"] = [
             {"type": "image_url", "image_url": {"url": next(urls)}}
             if isinstance(part, ImagePart)
-            else part.model_dump()
+            else part.model_dump(exclude={*NO_EFFECT_IN_PARTS})
             for part in message.content
         ]
     else:

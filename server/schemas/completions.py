@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Final, TypeAlias
 
 from pydantic import Discriminator, Field, StrictStr, Tag
 
+from server.budget import BudgetField
 from server.errors import InvalidRequestError
 from server.schemas.generation import INT32_MAX, CompletionFields, TokenId, estimate_text_tokens
 
@@ -44,6 +46,8 @@ class CompletionRequest(CompletionFields):
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    visual_token_budget: BudgetField | None = None
+    """Changes nothing: there are no images on this route."""
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -53,6 +57,13 @@ class CompletionRequest(CompletionFields):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return self.prompt  # type: ignore[return-value]  # mypy does not narrow a list by its first item
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
+
+    def certain_prompts(self) -> Iterator[int | list[int]]:
+        yield from (len(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompts)
 
     def text_tokens(self) -> int:
         ids = sum(len(prompt) for prompt in self.prompts if isinstance(prompt, list))

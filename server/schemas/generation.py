@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictStr, Tag
 
 from server.budget import RequestedImage
+from server.errors import InvalidRequestError
 from server.schemas.engine_json import Slots, dump_json
 from server.schemas.image_marker import refuse_markers
 from server.schemas.parse import RequestBody
@@ -22,11 +23,30 @@ INT32_MAX: Final = 2**31 - 1
 MAX_CHOICES: Final = 128
 """OpenAI's bound of `n`; vLLM's own is 16384."""
 
+STATELESS: Final = "this server keeps no answers; leave 'store' out, and send the conversation with each request"
+
 _MAX_TOKEN_IDS: Final = 262_144
 """More than any tokenizer has."""
 _MAX_PATTERN: Final = 1024
 _BYTES_PER_TOKEN: Final = 4
 """A rule of thumb for English text; the exact count would take the model's tokenizer."""
+
+NO_EFFECT_FIELDS: Final = frozenset(
+    {
+        "metadata",
+        "modalities",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
+"""Fields of OpenAI's that are accepted, because clients send them, and change nothing here."""
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Count: TypeAlias = Annotated[int, Field(ge=0, le=INT32_MAX)]
@@ -53,7 +73,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: StrictBool | None = None
     """With `include_usage`: send `usage` in every chunk."""
     include_obfuscation: bool | None = None
-    """Accepted because OpenAI has it; events are never padded."""
+    """Changes nothing: events are never padded."""
 
 
 class ResponseFormat(BaseModel):
@@ -94,20 +114,36 @@ class GenerationRequest(RequestBody):
 
     text_fields: ClassVar[tuple[str, ...]]
     """The fields whose text reaches the prompt; the first is the one that holds the images, if the route has any."""
+    withheld_fields: ClassVar[frozenset[str]] = NO_EFFECT_FIELDS
+    """The fields that the engine does not get."""
 
     model: StrictStr | None = None
     """As GET /v1/models names it; the served model if it is left out."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]+$")], float], Field(max_length=1024)] | None = None
     """Token ids and what is added to their logits, -100 to 100."""
+    metadata: Annotated[dict[str, StrictStr], Field(max_length=16)] | None = None
+    """Changes nothing; /v1/responses sends it back."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    prompt_cache_key: StrictStr | None = None
+    """Changes nothing."""
+    prompt_cache_options: dict[str, Any] | None = None
+    """Changes nothing."""
+    prompt_cache_retention: StrictStr | None = None
+    """Changes nothing."""
+    safety_identifier: StrictStr | None = None
+    """Changes nothing."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    """Changes nothing: there is one."""
     stop: Stop | None = None
+    store: Literal[False] | None = None
+    """Changes nothing: nothing is stored."""
     stream: StrictBool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     user: StrictStr | None = None
-    """Accepted because OpenAI has it; changes nothing."""
+    """Changes nothing."""
 
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -136,6 +172,35 @@ class GenerationRequest(RequestBody):
         """About how many tokens the text of the prompt has; at least 1."""
         raise NotImplementedError
 
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return 1
+
+    @property
+    def answer_field(self) -> str:
+        """The name of the field that bounds an answer's length."""
+        raise NotImplementedError
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """The longest answer that is wanted; None if the request does not say."""
+        found: int | None = getattr(self, self.answer_field)
+        return found
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the engine shortens a prompt that is too long."""
+        return False
+
+    def certain_prompts(self) -> Iterable[int | list[int]]:
+        """Of each prompt, the token ids or, as a number, the characters of text that surely reach the model."""
+        raise NotImplementedError
+
     def check_schedules(self, schedules: Iterable[Schedule]) -> None:
         """Raises InvalidRequestError for fields that do not go with pruned images."""
 
@@ -150,7 +215,7 @@ class GenerationRequest(RequestBody):
             InvalidRequestError: a number in it is infinite.
         """
         slots = Slots()
-        payload = {name: value for name, value in self.sent.items() if name != BUDGET_KEY}
+        payload = {name: value for name, value in self.sent.items() if name not in {BUDGET_KEY, *self.withheld_fields}}
         payload |= self.engine_fields([slots.add(url) for url in urls])
         if budgets:
             payload["mm_processor_kwargs"] = {BUDGET_KEY: list(budgets)}
@@ -159,6 +224,12 @@ class GenerationRequest(RequestBody):
     def engine_fields(self, urls: Sequence[str]) -> Mapping[str, Any]:
         """Fields that the engine gets in place of those that were sent; `urls` as for `engine_body`."""
         return {}
+
+    @classmethod
+    def refuse_fields(cls, data: Mapping[str, Any]) -> None:
+        if data.get("store"):
+            raise InvalidRequestError(STATELESS, param="store")
+        super().refuse_fields(data)
 
     def check(self) -> None:
         if self.images():
@@ -194,6 +265,18 @@ class CompletionFields(GenerationRequest):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     use_beam_search: bool | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def answer_field(self) -> str:
+        return "max_tokens"
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.truncate_prompt_tokens is not None
 
     @property
     def include_usage(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
@@ -25,6 +25,8 @@ class RequestBody(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    takes_images: ClassVar[bool] = False
 
     _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -56,7 +58,7 @@ class RequestBody(BaseModel):
         """Raises InvalidRequestError for a top-level field that is not served, before any is validated."""
         for name in data:
             if name not in cls.model_fields:
-                raise InvalidRequestError(refusal(name, cls.model_fields), param=name)
+                raise InvalidRequestError(refusal(name, cls.model_fields, cls.takes_images), param=name)
 
     def check(self) -> None:
         """Raises InvalidRequestError for fields that are valid one by one, but not together."""

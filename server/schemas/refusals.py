@@ -8,7 +8,7 @@ field is honoured or refused, never ignored. The names are those of vLLM 0.32 (`
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Final
 
 ENGINE_FIELDS: Final = frozenset(
@@ -69,22 +69,62 @@ _FOREIGN_BUDGETS: Final = frozenset(
 )
 """What other servers and models call the image token budget, or the resolution."""
 
+_TOOL_FIELDS: Final = frozenset({"function_call", "functions", "tool_choice", "tools"})
+NO_TOOLS: Final = "tools are not served on this route; POST /v1/chat/completions has them"
+
+_RIGHT_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
+    "best_of": ("n",),
+    "function_call": ("tool_choice",),
+    "functions": ("tools",),
+    "guided_choice": ("structured_outputs.choice",),
+    "guided_decoding_backend": ("structured_outputs",),
+    "guided_grammar": ("structured_outputs.grammar",),
+    "guided_json": ("structured_outputs.json",),
+    "guided_regex": ("structured_outputs.regex",),
+    "guided_whitespace_pattern": ("structured_outputs.whitespace_pattern",),
+    "input": ("messages", "prompt"),
+    "instructions": ("messages",),
+    "max_completion_tokens": ("max_output_tokens", "max_tokens"),
+    "max_new_tokens": ("max_completion_tokens", "max_output_tokens", "max_tokens"),
+    "max_output_tokens": ("max_completion_tokens", "max_tokens"),
+    "max_tokens": ("max_output_tokens",),
+    "messages": ("input", "prompt"),
+    "prompt": ("messages",),
+    "reasoning": ("reasoning_effort",),
+    "reasoning_effort": ("reasoning.effort",),
+    "response_format": ("text.format",),
+    "stop_sequences": ("stop",),
+    "system": ("messages", "instructions"),
+    "text": ("response_format",),
+    "verbosity": ("text.verbosity",),
+}
+"""What a field of another route, another server or another time is called here: the first that the route has."""
 
 _LONGEST_NAME: Final = 64
 
 
-def refusal(name: str, known: Collection[str]) -> str:
-    """Why there is no top-level field `name`, in one sentence. `known` are the fields that there are."""
+def refusal(name: str, known: Collection[str], takes_images: bool) -> str:
+    """Why there is no top-level field `name`, in one sentence.
+
+    Args:
+        known: the fields that there are.
+        takes_images: whether the route does.
+    """
     if name in ENGINE_FIELDS:
         return f"{name!r} cannot be set by a request to this server"
     if name in IDLE_FIELDS:
         return f"{name!r} has no effect on this route; leave it out"
     if name in _FOREIGN_BUDGETS:
-        if "visual_token_budget" in known:
+        if takes_images:
             return f"unknown field {name!r}; use 'visual_token_budget' to set the image token budget"
         return f"unknown field {name!r}; this route takes no images"
     if name == "visual_token_budget":
         return "'visual_token_budget' needs an image, and this route takes no images"
+    if name in _TOOL_FIELDS and "tools" not in known:
+        return NO_TOOLS
+    right = next((path for path in _RIGHT_NAMES.get(name, ()) if path.partition(".")[0] in known), None)
+    if right is not None:
+        return f"unknown field {name!r}; use {right!r}"
     # It would take seconds and gigabytes for a name of megabytes.
     close = difflib.get_close_matches(name, sorted(known), n=1) if len(name) <= _LONGEST_NAME else []
     return f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")

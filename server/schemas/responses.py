@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictStr, Tag
 
 from server.budget import BudgetField, RequestedImage
 from server.errors import InvalidRequestError
-from server.schemas.chat import ImageFields, RefusalPart, content_tag, part_tag
+from server.schemas.chat import NO_EFFECT_IN_PARTS, ImageFields, PartFields, RefusalPart, content_tag, part_tag
 from server.schemas.generation import INT32_MAX, Count, GenerationRequest, estimate_text_tokens
+from server.schemas.refusals import NO_TOOLS
 from vd_plugin.schedule import Budget
 
 _STATELESS: Final = "this server keeps no responses; send the conversation itself as 'input'"
-_NO_TOOLS: Final = "tools are not served on this route; POST /v1/chat/completions has them"
+_LOGPROBS: Final = "message.output_text.logprobs"
 
 UNSERVED_FIELDS: Final[Mapping[str, str]] = {
     "previous_response_id": _STATELESS,
     "previous_input_messages": _STATELESS,
     "prompt": "there are no stored prompts; send 'input' and 'instructions'",
-    "max_tool_calls": _NO_TOOLS,
+    "conversation": _STATELESS,
+    "max_tool_calls": NO_TOOLS,
+    "functions": NO_TOOLS,
+    "function_call": NO_TOOLS,
     "enable_response_messages": "what went into the model is not sent back",
 }
-"""Fields that vLLM has and this route does not, and why."""
+"""Fields that OpenAI or vLLM has and this route does not, and why."""
 
 
-class InputText(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class InputText(PartFields):
     type: Literal["input_text"]
     text: StrictStr
 
 
-class OutputText(BaseModel):
+class OutputText(PartFields):
     """An earlier answer, sent back as history."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["output_text"]
     text: StrictStr
@@ -94,6 +94,13 @@ class InputMessage(BaseModel):
     status: StrictStr | None = None
     phase: StrictStr | None = None
 
+    def texts(self) -> Iterator[str]:
+        """Those of the content."""
+        if isinstance(self.content, str):
+            yield self.content
+        else:
+            yield from (part.text for part in self.content if isinstance(part, InputText | OutputText))
+
 
 InputItem: TypeAlias = Annotated[
     Annotated[InputMessage, Tag("<message>")],
@@ -116,21 +123,53 @@ class TextFormat(BaseModel):
 
 
 class TextOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Changes nothing; it is sent back."""
 
 
 class Reasoning(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    """Changes nothing: the name that `summary` had."""
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    """Changes nothing; it is sent back."""
+
+
+Includable: TypeAlias = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
+
+
+class ResponseStreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    include_obfuscation: bool | None = None
+    """Changes nothing: events are never padded."""
+    include_usage: Literal[True] | None = None
+    """Changes nothing: the last event always has `usage`."""
 
 
 class ResponsesRequest(GenerationRequest):
     """A request to /v1/responses."""
 
     text_fields: ClassVar = ("input", "instructions")
+    takes_images: ClassVar = True
+    withheld_fields: ClassVar = frozenset(
+        # vLLM knows the others, and sends them back.
+        {"include", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "stream_options"}
+    )
 
     input: Annotated[
         Annotated[StrictStr, Tag("<string>")]
@@ -141,17 +180,12 @@ class ResponsesRequest(GenerationRequest):
     ]
     instructions: StrictStr | None = None
     background: Literal[False] | None = None
-    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None = None
+    include: Annotated[list[Includable], Field(fail_fast=True, max_length=len(get_args(Includable)))] | None = None
+    """All but `message.output_text.logprobs` change nothing: there is nothing of that kind to include."""
     max_output_tokens: Count | None = None
-    metadata: Annotated[dict[str, StrictStr], Field(max_length=16)] | None = None
-    """Sent back with the response."""
     parallel_tool_calls: bool | None = None
-    prompt_cache_key: StrictStr | None = None
-    """Accepted because OpenAI has it; changes nothing."""
     reasoning: Reasoning | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
-    """Nothing is stored."""
+    stream_options: ResponseStreamOptions | None = None
     text: TextOptions | None = None
     tool_choice: Literal["auto", "none"] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -177,22 +211,37 @@ class ResponsesRequest(GenerationRequest):
     def text_tokens(self) -> int:
         return estimate_text_tokens(self._texts())
 
+    @property
+    def answer_field(self) -> str:
+        return "max_output_tokens"
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.truncation == "auto"
+
+    def certain_prompts(self) -> Iterator[int]:
+        """What users say: templates may leave out the rest, and trim."""
+        if isinstance(self.input, str):
+            yield len(self.input.strip())
+            return
+        users = (message for message in self.input if message.role == "user")
+        yield sum(len(text.strip()) for message in users for text in message.texts())
+
     def engine_fields(self, urls: Sequence[str]) -> Mapping[str, Any]:
-        if not urls:
-            return {"store": False}
-        turns = [{**turn} for turn in self.sent["input"]]
-        for (turn, place, _), url in zip(self._image_parts(), urls, strict=True):
-            content = [*turns[turn]["content"]]
-            content[place] = {"type": "input_image", "image_url": url, "detail": "auto"}
-            turns[turn]["content"] = content
-        return {"store": False, "input": turns}
+        fields: dict[str, Any] = {"store": False}
+        if _LOGPROBS in (self.include or ()):
+            fields["include"] = [_LOGPROBS]
+        if isinstance(self.input, list):
+            left = iter(urls)
+            fields["input"] = [_engine_turn(turn, left) for turn in self.sent["input"]]
+        return fields
 
     @classmethod
     def refuse_fields(cls, data: Mapping[str, Any]) -> None:
         for name, reason in UNSERVED_FIELDS.items():
             if name in data:
                 raise InvalidRequestError(f"{name!r} is not served: {reason}", param=name)
-        for name, reason in (("store", _STATELESS), ("background", _STATELESS), ("tools", _NO_TOOLS)):
+        for name, reason in (("store", _STATELESS), ("background", _STATELESS), ("tools", NO_TOOLS)):
             if data.get(name):
                 raise InvalidRequestError(reason, param=name)
         super().refuse_fields(data)
@@ -211,7 +260,17 @@ class ResponsesRequest(GenerationRequest):
             yield self.input
             return
         for message in self.input:
-            if isinstance(message.content, str):
-                yield message.content
-            else:
-                yield from (part.text for part in message.content if hasattr(part, "text"))
+            yield from message.texts()
+
+
+def _engine_turn(turn: Mapping[str, Any], urls: Iterator[str]) -> dict[str, Any]:
+    """A turn as it was sent, with the next of `urls` for each image and without what changes nothing."""
+    if not isinstance(turn["content"], list):
+        return {**turn}
+    return {**turn, "content": [_engine_part(part, urls) for part in turn["content"]]}
+
+
+def _engine_part(part: Mapping[str, Any], urls: Iterator[str]) -> dict[str, Any]:
+    if part["type"] == "input_image":
+        return {"type": "input_image", "image_url": next(urls), "detail": "auto"}
+    return {name: value for name, value in part.items() if name not in NO_EFFECT_IN_PARTS}

@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import Field, StrictStr
 
 from server.errors import InvalidRequestError
-from server.schemas.chat import ImagePart, Message, Tool, refuse_engine_fields
+from server.schemas.chat import ImagePart, Message, Tool, engine_message, refuse_engine_fields
+from server.schemas.engine_json import dump_json
 from server.schemas.generation import TokenId
 from server.schemas.parse import RequestBody
 
@@ -23,6 +24,12 @@ class TokenizeRequest(RequestBody):
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+
+    def engine_body(self) -> bytes:
+        """The engine's request as JSON."""
+        if self.messages is None:
+            return dump_json(self.sent)
+        return dump_json({**self.sent, "messages": [engine_message(message, iter(())) for message in self.messages]})
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -45,3 +52,7 @@ class TokenizeRequest(RequestBody):
 class DetokenizeRequest(RequestBody):
     model: StrictStr | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+    def engine_body(self) -> bytes:
+        """The engine's request as JSON."""
+        return dump_json(self.sent)

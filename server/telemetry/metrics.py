@@ -14,6 +14,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from server import paths
 from server.budget import CLASSES, budget_class
@@ -88,6 +90,8 @@ class Metrics:
         if self._keys:
             self._key_requests = self._counter("key_requests", "Requests of a key, by outcome.", "key", "code")
             self._key_tokens = self._counter("key_tokens", "Tokens of a key, by kind.", "key", "kind")
+            self._key_rejections = self._counter("key_rejections", "Requests of a key rejected.", "key", "reason")
+            self._key_queue = self._histogram("key_queue_seconds", "Time of a key's requests in the queue.", "key")
         self._make_series()
 
     def watch_queue(self, depth: Callable[[], int], limit: int) -> None:
@@ -104,6 +108,10 @@ class Metrics:
         """Likewise, the request data in memory."""
         self._buffered.set_function(num_bytes)
         self._buffered_limit.set(limit)
+
+    def watch_log(self, num_dropped_lines: Callable[[], int]) -> None:
+        """Likewise, the lines of the log that nobody read."""
+        self.registry.register(_DroppedLines(num_dropped_lines))
 
     def watch_engine(self, name: str, is_up: Callable[[], bool], tokens: Callable[[], int]) -> None:
         """Likewise, one engine's state and load."""
@@ -150,6 +158,10 @@ class Metrics:
 
     def _observe_key(self, key: str, record: RequestRecord) -> None:
         self._key_requests.labels(key, str(record.status)).inc()
+        if record.rejection is not None:
+            self._key_rejections.labels(key, record.rejection).inc()
+        if record.queue_seconds is not None:
+            self._key_queue.labels(key).observe(record.queue_seconds)
         if record.engine_answered:
             self._key_tokens.labels(key, "visual_kept").inc(record.kept)
             self._key_tokens.labels(key, "visual_saved").inc(record.saved)
@@ -180,5 +192,18 @@ class Metrics:
                 histogram.labels(label)
         for key in self._keys:
             self._key_requests.labels(key, "200")
+            self._key_queue.labels(key)
+            for reason in REJECTION_REASONS:
+                self._key_rejections.labels(key, reason)
             for kind in _TOKEN_KINDS:
                 self._key_tokens.labels(key, kind)
+
+
+class _DroppedLines(Collector):
+    def __init__(self, count: Callable[[], int]) -> None:
+        self._count = count
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        yield CounterMetricFamily(
+            "visiondrop_log_lines_dropped", "Lines of the log dropped because nobody read them.", value=self._count()
+        )

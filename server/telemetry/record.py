@@ -17,6 +17,7 @@ from typing import Any, Final
 from server.budget import HEADER, request_class
 from server.errors import GatewayError
 from server.schemas.answers import ImageTokens, PromptTokensDetails, VisualTokens
+from server.schemas.engine_usage import EngineUsage
 from vd_plugin.schedule import Geometry, Schedule, prefill_flops
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -59,12 +60,13 @@ class RequestRecord:
     image_fetch_seconds: list[float] = field(default_factory=list)
     image_decode_seconds: list[float] = field(default_factory=list)
     queue_seconds: float | None = None
+    max_model_len: int | None = None
     geometry: Geometry | None = None
     image_sizes: tuple[tuple[int, int], ...] = ()
     """Height and width of each image, in pixels."""
     schedules: tuple[Schedule, ...] = ()
     engine_answered: bool = False
-    engine_usage: Mapping[str, Any] | None = None
+    engine_usage: EngineUsage | None = None
     first_token_seconds: float | None = None
     inter_token_seconds: list[float] = field(default_factory=list)
     total_seconds: float | None = None
@@ -122,11 +124,17 @@ class RequestRecord:
 
     @property
     def prompt_tokens(self) -> int | None:
-        return None if self.engine_usage is None else int(self.engine_usage.get("prompt_tokens") or 0)
+        return None if self.engine_usage is None else self.engine_usage.prompt_tokens
 
     @property
     def completion_tokens(self) -> int | None:
-        return None if self.engine_usage is None else self.engine_usage.get("completion_tokens")
+        return None if self.engine_usage is None else self.engine_usage.completion_tokens
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens that came out of the engine's prefix cache, if it reports them."""
+        details = None if self.engine_usage is None else self.engine_usage.prompt_tokens_details
+        return None if details is None else details.cached_tokens
 
     @property
     def image_tokens(self) -> int:
@@ -151,14 +159,17 @@ class RequestRecord:
             self.geometry, text_tokens, self.schedules
         )
 
-    def usage(self, engine_usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The engine's `usage` in our shape; `engine_usage` is kept for the other readers of the record."""
-        self.engine_usage = engine_usage
-        details = engine_usage.get("prompt_tokens_details") or {}
+    def usage(self, reported: Any) -> dict[str, Any]:
+        """The engine's `usage` in our shape; it is kept for the other readers of the record.
+
+        Raises:
+            EngineFailedError: it cannot be read.
+        """
+        self.engine_usage = EngineUsage.parse(reported)
         return {
-            **engine_usage,
+            **reported,
             "prompt_tokens_details": PromptTokensDetails(
-                cached_tokens=details.get("cached_tokens") or 0,
+                cached_tokens=self.cached_tokens or 0,
                 image_tokens=self.image_tokens,
                 text_tokens=max((self.prompt_tokens or 0) - self.image_tokens, 0),
             ).model_dump(),
@@ -180,7 +191,6 @@ class RequestRecord:
 
     def log_fields(self) -> dict[str, Any]:
         """The log line. Neither prompts nor images are in it."""
-        usage = self.engine_usage or {}
         return {
             "time": datetime.fromtimestamp(self.arrived, UTC).isoformat(timespec="milliseconds"),
             "request_id": self.request_id,
@@ -194,7 +204,7 @@ class RequestRecord:
             "budget_class": self.budget_class,
             "visual_tokens": self.visual_tokens(),
             "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
             "image_fetch_seconds": _rounded(sum(self.image_fetch_seconds)),
             "image_decode_seconds": _rounded(sum(self.image_decode_seconds)),
@@ -206,10 +216,8 @@ class RequestRecord:
     @property
     def _reported_image_tokens(self) -> int | None:
         """None when the engine reports no details (it runs without --enable-prompt-tokens-details)."""
-        details = (self.engine_usage or {}).get("prompt_tokens_details")
-        if details is None:
-            return None
-        return int((details.get("multimodal_tokens") or {}).get("image", 0))
+        details = None if self.engine_usage is None else self.engine_usage.prompt_tokens_details
+        return None if details is None else (details.multimodal_tokens or {}).get("image", 0)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -89,13 +89,12 @@ class OtlpTracing:
 
 def _attributes(record: RequestRecord) -> dict[str, str | int | float]:
     """In the words of OpenTelemetry's conventions for HTTP and generative AI, where they have one."""
-    usage = record.engine_usage or {}
-    values = {
+    values: dict[str, str | int | float | None] = {
         "http.route": record.route,
         "http.response.status_code": record.status,
         "gen_ai.request.model": record.model,
         "gen_ai.usage.input_tokens": record.prompt_tokens,
-        "gen_ai.usage.output_tokens": usage.get("completion_tokens"),
+        "gen_ai.usage.output_tokens": record.completion_tokens,
         "visiondrop.request_id": record.request_id,
         "visiondrop.images": len(record.schedules),
         "visiondrop.visual_tokens.full": record.full,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,13 @@ import published_configs
 import pytest
 
 from server import cli
+from server import settings as settings_module
 from server.http.listener import Address
 from server.http.middleware import REQUEST_LOG
-from server.settings import Settings
+from server.settings import OTHER_VARIABLES, Settings
 from vd_plugin import demo
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -242,8 +246,9 @@ def test_tools_run_in_a_process_of_their_own(tool: str, monkeypatch: pytest.Monk
         return subprocess.CompletedProcess(command, 2)
 
     monkeypatch.setattr(subprocess, "run", run_command)
-    assert run(tool, "image.png", "--budget", "low") == 2
-    assert commands == [[sys.executable, "-m", f"vd_plugin.tools.{tool}", "image.png", "--budget", "low"]]
+    given = ["image.png", "--budget", "low", "--", "--dtype", "float32"]
+    assert run(tool, *given) == 2
+    assert commands == [[sys.executable, "-m", f"vd_plugin.tools.{tool}", *given]]
 
 
 @pytest.mark.parametrize(("gib", "status"), [("80", 0), ("14", 1), ("much", 2)])
@@ -289,13 +294,44 @@ def test_odd_images_write_nothing_and_are_not_remembered(tmp_path: Path) -> None
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_misspelt_setting_is_named(
-    served: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["VISIONDROP_API_KEY_FILE"], "VISIONDROP_API_KEY_FILE (did you mean VISIONDROP_API_KEYS_FILE?)"),
+        (["visiondrop_queue_second"], "visiondrop_queue_second (did you mean VISIONDROP_QUEUE_SECONDS?)"),
+        (["VISIONDROP_ZZ", "VISIONDROP_MAX_BUGDET"], "VISIONDROP_MAX_BUDGET?), VISIONDROP_ZZ."),
+    ],
+)
+@pytest.mark.parametrize("command", [["serve", "model"], ["gateway", "--engine", "unix:/a"]])
+def test_misspelt_setting_ends_the_start(
+    served: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    names: list[str],
+    words: str,
 ) -> None:
-    for name in ("VISIONDROP_QUEUE_SECOND", "VISIONDROP_ZZ", "VISIONDROP_BACKEND", "VISIONDROP_MAX_BUDGET"):
-        monkeypatch.setenv(name, "full")
+    for name in names:
+        monkeypatch.setenv(name, "secret")
+    assert run(*command) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("visiondrop: error: ")
+    assert words in line
+    assert "secret" not in line
+    assert not served
+
+
+def test_every_variable_that_the_project_names_is_known(
+    served: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of its programs, units and documents, and of nothing else."""
+    settings = {f"VISIONDROP_{name.upper()}" for name in Settings.model_fields}
+    places = ("server", "vd_plugin", "deploy", "docs", "Makefile", "Dockerfile", "docker-compose.yml", ".env.example")
+    files = [file for place in places for file in (ROOT / place, *(ROOT / place).rglob("*")) if file.is_file()]
+    texts = {file: file.read_text() for file in files if file.suffix not in (".pyc", ".png", ".safetensors", ".model")}
+    named = {name for text in texts.values() for name in re.findall(r"VISIONDROP_[A-Z_]*[A-Z]", text)}
+    assert named == settings | OTHER_VARIABLES
+    for name in OTHER_VARIABLES:
+        assert any(name in text for file, text in texts.items() if file != Path(settings_module.__file__))
+        monkeypatch.setenv(name, "1")
     assert run("serve", "model") == 0
-    assert capsys.readouterr().err.splitlines() == [
-        "visiondrop: warning: VISIONDROP_QUEUE_SECOND is not a setting; did you mean VISIONDROP_QUEUE_SECONDS?",
-        "visiondrop: warning: VISIONDROP_ZZ is not a setting",
-    ]

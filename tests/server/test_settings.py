@@ -40,6 +40,20 @@ def test_hosts_are_a_list_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().fetch_hosts == ("example.com", "*.example.org")
 
 
+def test_origins_are_as_browsers_write_them() -> None:
+    right = ("https://a.example", "http://localhost:3000", "app://obsidian.md", "http://[::1]:8080", "*")
+    assert Settings(allowed_origins=", ".join(right)).allowed_origins == right
+    for origin in (
+        "https://a.example/",
+        "https://*.example",
+        "a.example",
+        "https://A.example",
+        "https://a.example:443",
+    ):
+        with pytest.raises(ValidationError, match="an origin is"):
+            Settings(allowed_origins=origin)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("MAX_BUDGET", "31"), ("MAX_BODY_BYTES", "0"), ("SHUTDOWN_SECONDS", "-1"), ("METRICS_PORT", "70000")],

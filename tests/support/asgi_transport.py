@@ -10,10 +10,15 @@ import httpx
 
 
 class AsgiTransport(httpx.AsyncBaseTransport):
-    """Closing the response, or giving up the request, is a disconnect for the app."""
+    """Closing the response, or giving up the request, is a disconnect for the app.
 
-    def __init__(self, app: Any) -> None:
+    Args:
+        address: the client's.
+    """
+
+    def __init__(self, app: Any, address: str = "127.0.0.1") -> None:
         self._app = app
+        self._address = address
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         scope = {
@@ -28,7 +33,7 @@ class AsgiTransport(httpx.AsyncBaseTransport):
             "root_path": "",
             "headers": [(name.lower(), value) for name, value in request.headers.raw],
             "server": (request.url.host, request.url.port),
-            "client": ("127.0.0.1", 1),
+            "client": (self._address, 1),
         }
         exchange = _Exchange(await request.aread())
         exchange.task = asyncio.ensure_future(self._app(scope, exchange.receive, exchange.send))

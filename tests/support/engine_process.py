@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -40,6 +42,9 @@ def main(mode: str, uds: str) -> None:
         print("INFO 01-01 00:00:00 [gpu_model_runner.py:1] Starting to load model x...", flush=True)
         time.sleep(600)
 
+    if mode == "loses_its_core" and is_first:
+        threading.Thread(target=_end_with, args=(grandchild,), daemon=True).start()
+
     engine = FakeEngine()
     if mode == "other_rule":
         assert engine.geometry is not None
@@ -47,6 +52,14 @@ def main(mode: str, uds: str) -> None:
     if mode == "slow" or (mode == "first_slow" and is_first):
         engine.hold = True
     uvicorn.run(_paced(engine) if mode == "paced" else engine, uds=uds, log_level="warning")
+
+
+def _end_with(core: subprocess.Popen[bytes]) -> None:
+    """As vLLM's API server does."""
+    core.wait()
+    words = "[shutdown] MPClient: engine core exited unexpectedly; starting cleanup"
+    print(f"(APIServer pid=7) WARNING 01-01 00:00:00 [core_client.py:817] {words}", flush=True)
+    os._exit(0)
 
 
 def _paced(engine: FakeEngine) -> Callable[..., Awaitable[None]]:

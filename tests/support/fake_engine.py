@@ -78,6 +78,7 @@ class FakeEngine:
         self.is_draining = False
         self.extra_image_tokens = 0
         self.reports_details = True
+        self.misreport: Callable[[dict[str, Any]], Any] = lambda usage: usage
         self.decodes = True
         self.geometry: dict[str, Any] | None = {"geometry": GEOMETRY.to_dict(), "plugin_version": "0.1.0"}
 
@@ -149,7 +150,7 @@ class FakeEngine:
     async def _chat(self, body: dict[str, Any], receive: Any, reply: _Reply) -> None:
         if not body.get("stream"):
             await self._step(receive)
-        usage = self._usage(body)
+        usage = self.misreport(self._usage(body))
         if not body.get("stream"):
             choice = {
                 "index": 0,
@@ -179,7 +180,9 @@ class FakeEngine:
         if not body.get("stream"):
             await self._step(receive)
         details = {"cached_tokens": 0, "created_cache_tokens": None, "multimodal_tokens": None}
-        usage = {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6, "prompt_tokens_details": details}
+        usage = self.misreport(
+            {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6, "prompt_tokens_details": details}
+        )
         head = _head("text_completion")
         if not body.get("stream"):
             choices = [
@@ -202,7 +205,7 @@ class FakeEngine:
             "model": MODEL,
             "status": "completed",
             "output": [{"type": "message", "id": "msg_1", "role": "assistant", "content": parts}],
-            "usage": self._response_usage(body),
+            "usage": self.misreport(self._response_usage(body)),
         }
         if not body.get("stream"):
             await reply.json(200, whole)

@@ -90,12 +90,16 @@ def ask(
 
 
 @contextmanager
-def served_model(model: Path | None, folder: Path) -> Iterator[Server]:
-    """`visiondrop serve`, started as fast as it can; without a model, it serves the demo model."""
+def served_model(model: Path | None, folder: Path, *more: str) -> Iterator[Server]:
+    """`visiondrop serve`, started as fast as it can; without a model, it serves the demo model.
+
+    Args:
+        more: options of the engine.
+    """
     log, port = folder / "log", free_port()
     named = [] if model is None else [str(model)]
     options = ("--", "--max-model-len", "6144", "--max-num-seqs", "4", "--enforce-eager", "--skip-mm-profiling")
-    with process("-m", "server.cli", "serve", *named, "--port", str(port), *options, log=log) as child:
+    with process("-m", "server.cli", "serve", *named, "--port", str(port), *options, *more, log=log) as child:
         yield Server(child, port, log)
 
 

@@ -267,6 +267,7 @@ def test_engine_that_hangs_or_dies_is_noticed_and_comes_back(random_model: Path,
             last = list(lines)[-1]
         assert "error" in json.loads(last.removeprefix("data: ")), "not silence"
         wait_for(lambda: "engine ready again after" in log.read_text(), START_SECONDS)
+        assert "the engine stopped (its process EngineCore ended unexpectedly)" in log.read_text()
         wait_for(is_ready, 10)
         answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 2}, timeout=60)
         assert answer.status_code == 200
@@ -286,7 +287,11 @@ def test_vllms_own_server_serves_budgets_without_a_gateway(random_model: Path, t
     with process(*command, log=log, VLLM_PLUGINS="visiondrop") as child:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(f"{url}/health", child, log)
-        assert httpx.get(f"{url}/visiondrop/geometry").json()["geometry"]["rule_version"] == 1
+        told = httpx.get(f"{url}/visiondrop/geometry").json()
+        assert told["geometry"]["rule_version"] == 1
+        limits = told["limits"]
+        assert limits["max_model_len"] == httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"]
+        assert (limits["max_num_seqs"], limits["max_chars_per_token"]) == (4, 10), "as the tokenizer's longest token"
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         part = {"type": "image_url", "image_url": {"url": data_url(draw(672, 672))}}
         messages: list[Any] = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]

@@ -113,7 +113,7 @@ def test_formats_bind_the_answer(server: Server) -> None:
     "choice", [None, "auto", "required", {"type": "function", "function": {"name": "look"}}], ids=str
 )
 def test_tools_need_a_parser_in_the_engine(server: Server, choice: Any) -> None:
-    """Which parser fits is the operator's choice (`-- --enable-auto-tool-choice --tool-call-parser NAME`)."""
+    """The template shows no tools, so that no parser is chosen; the refusal names the option (docs/api.md#tools)."""
     options = {} if choice is None else {"tool_choice": choice}
     with pytest.raises(openai.BadRequestError, match="tool-call-parser"):
         pruned(server, tools=[TOOL], **options)

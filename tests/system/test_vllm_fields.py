@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
-from server.schemas.generation import RepetitionDetection, StructuredOutputs
+from server.schemas.generation import GenerationRequest, RepetitionDetection, StructuredOutputs
 from server.schemas.parse import RequestBody
 from server.schemas.refusals import ENGINE_FIELDS, IDLE_FIELDS
 from server.schemas.responses import UNSERVED_FIELDS, ResponsesRequest
@@ -40,16 +40,21 @@ def served(path: str) -> set[str]:
     return set(model.model_fields) - ENGINE_FIELDS - IDLE_FIELDS
 
 
+def sent(ours: type[GenerationRequest]) -> set[str]:
+    """The fields that the engine may get."""
+    return set(ours.model_fields) - OURS - ours.withheld_fields
+
+
 def test_every_field_of_a_chat_request_is_served_or_refused_on_purpose() -> None:
-    assert set(ChatRequest.model_fields) - OURS == served(CHAT)
+    assert sent(ChatRequest) == served(CHAT) - ChatRequest.withheld_fields
 
 
 def test_every_field_of_a_completion_is_served_or_refused_on_purpose() -> None:
-    assert set(CompletionRequest.model_fields) == served(COMPLETION)
+    assert sent(CompletionRequest) == served(COMPLETION) - CompletionRequest.withheld_fields
 
 
 def test_every_field_of_a_response_is_served_or_refused_on_purpose() -> None:
-    assert set(ResponsesRequest.model_fields) - OURS == served(RESPONSES) - UNSERVED_FIELDS.keys()
+    assert sent(ResponsesRequest) == served(RESPONSES) - UNSERVED_FIELDS.keys() - ResponsesRequest.withheld_fields
     assert not set(ResponsesRequest.model_fields) & UNSERVED_FIELDS.keys()
 
 
@@ -58,6 +63,21 @@ def test_every_field_of_token_requests_is_served_or_refused_on_purpose() -> None
     assert set(TokenizeRequest.model_fields) == prompts | chats
     assert chats - prompts - {"messages"} == {"add_generation_prompt", "continue_final_message", "tools"}
     assert set(DetokenizeRequest.model_fields) == served(f"{TOKENIZE}:DetokenizeRequest")
+
+
+def test_what_a_response_sends_back_is_taken_by_the_engine() -> None:
+    fields = {
+        "metadata": {"a": "b"},
+        "prompt_cache_key": "k",
+        "reasoning": {"effort": "low", "generate_summary": "auto", "summary": "auto"},
+        "service_tier": "default",
+        "text": {"verbosity": "low"},
+        "user": "eve",
+    }
+    ResponsesRequest.model_validate({"input": "a", **fields})
+    taken = load(RESPONSES).model_validate({"input": "a", **fields})
+    assert (taken.reasoning.summary, taken.text.verbosity) == ("auto", "low")
+    assert taken.extract_structured_outputs() is None
 
 
 def test_what_is_refused_exists() -> None:

@@ -107,10 +107,24 @@ def test_budget_that_is_too_small_is_a_bad_request(here: SimpleNamespace) -> Non
     assert error.value.param == "visual_token_budget"
 
 
-def test_budget_without_a_image_is_a_bad_request(here: SimpleNamespace) -> None:
-    with pytest.raises(openai.BadRequestError) as error:
-        model(here, extra_body={"visual_token_budget": 320}).invoke("Hello")
-    assert error.value.param == "visual_token_budget"
+def test_a_budget_for_all_requests_goes_with_those_without_images(here: SimpleNamespace) -> None:
+    always = model(here, extra_body={"visual_token_budget": 320}, default_headers={"X-Visual-Token-Budget": "low"})
+    assert visual_tokens(always.invoke("Hello"))["images"] == 0
+    assert visual_tokens(always.invoke(question(here)))["kept"] == here.plans.medium.kept
+
+
+def test_options_without_effect(here: SimpleNamespace) -> None:
+    more = {"prompt_cache_key": "k", "safety_identifier": "s", "modalities": ["text"]}
+    answer = model(here, store=False, service_tier="auto", verbosity="low", model_kwargs=more).invoke("Hello")
+    assert answer.content == here.answer
+
+
+def test_an_image_as_a_string(here: SimpleNamespace) -> None:
+    parts = [
+        {"type": "image_url", "image_url": here.picture},
+        {"type": "text", "text": "What is it?", "cache_control": {"type": "ephemeral"}},
+    ]
+    assert visual_tokens(model(here).invoke([HumanMessage(parts)]))["kept"] == here.plans.high.kept
 
 
 def test_unknown_model_is_not_found(here: SimpleNamespace) -> None:

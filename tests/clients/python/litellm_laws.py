@@ -116,9 +116,16 @@ def test_budget_that_is_too_small_is_a_bad_request(here: SimpleNamespace) -> Non
     assert error.value.status_code == 400
 
 
-def test_budget_without_a_image_is_a_bad_request(here: SimpleNamespace) -> None:
-    with pytest.raises(litellm.BadRequestError):
-        complete(here, say("Hello"), extra_body={"visual_token_budget": 320})
+def test_a_budget_for_all_requests_goes_with_those_without_images(here: SimpleNamespace) -> None:
+    assert complete(here, say("Hello"), extra_body={"visual_token_budget": 320}).usage.visual_tokens["images"] == 0
+
+
+def test_options_without_effect(here: SimpleNamespace) -> None:
+    messages = question(here, format="image/png")
+    messages[0]["content"][1]["cache_control"] = {"type": "ephemeral"}
+    more = {"prompt_cache_key": "k", "safety_identifier": "s", "modalities": ["text"], "service_tier": "auto"}
+    answer = complete(here, messages, store=False, user="eve", **more)
+    assert answer.usage.visual_tokens["kept"] == here.plans.high.kept
 
 
 def test_unknown_model_is_not_found(here: SimpleNamespace) -> None:

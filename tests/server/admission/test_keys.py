@@ -22,6 +22,8 @@ secret = "shop-secret"
 max_budget = "medium"
 requests_per_minute = 60
 images_per_minute = 100
+weight = 4
+max_parallel_requests = 8
 
 [keys."lab.2_b-c"]
 secret_sha256 = "{sha256(b"lab-secret").hexdigest().upper()}"
@@ -50,7 +52,7 @@ def read(path: Path, content: str | bytes) -> ApiKeys:
 
 def test_each_secret_opens_its_own_key(keys: ApiKeys) -> None:
     assert not keys.is_open
-    assert keys.authenticate("Bearer shop-secret") == ApiKey("shop", 320, 60, 100)
+    assert keys.authenticate("Bearer shop-secret") == ApiKey("shop", 320, 60, 100, 4, 8)
     assert keys.authenticate("Bearer lab-secret") == ApiKey("lab.2_b-c", 700)
     assert keys.authenticate("Bearer plain-secret") == ApiKey("plain", "full", None, None)
 
@@ -134,6 +136,9 @@ def test_no_secret_in_what_is_printed(keys: ApiKeys) -> None:
         ("[keys.shop]\nsecret = 'hush-hush'\nrequests_per_minute = 0", "requests_per_minute: a rate must be"),
         ("[keys.shop]\nsecret = 'hush-hush'\nimages_per_minute = true", "images_per_minute: a rate must be"),
         ("[keys.shop]\nsecret = 'hush-hush'\nimages_per_minute = 1.5", "images_per_minute: a rate must be"),
+        ("[keys.shop]\nsecret = 'hush-hush'\nweight = 0", "weight: a weight must be a whole number from 1 to 1000"),
+        ("[keys.shop]\nsecret = 'hush-hush'\nweight = 1.5", "weight: a weight must be"),
+        ("[keys.shop]\nsecret = 'hush-hush'\nmax_parallel_requests = 0", "max_parallel_requests: a limit of parallel"),
         ("[keys.shop]\nsecret = 'hush-hush'\nmax_budget = 31", "max_budget: a visual token budget must be"),
         ("[keys.shop]\nsecret = 'hush-hush'\nmax_budget = 'lots'", "'low' \\(160\\)"),
         ("[keys.'my shop']\nsecret = 'hush-hush'", "a name must be"),

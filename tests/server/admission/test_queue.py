@@ -1,11 +1,14 @@
-"""Admission: the order, the sum, the deadlines, and that every cost comes back. Time is virtual."""
+"""Admission: shares, the order, the sum, the deadlines, and that every cost comes back. Time is virtual."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import statistics
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import anyio
 import pytest
@@ -13,8 +16,10 @@ import virtual_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.admission.queue import Admission
-from server.errors import EngineUnreachableError, GatewayError, OverloadedError
+from server.admission.load import Load
+from server.admission.party import Party
+from server.admission.queue import LARGEST_SHARE, OVERTAKING_SHARE, Admission
+from server.errors import EngineUnreachableError, GatewayError, OverloadedError, RateLimitError
 from server.settings import Settings
 
 QUEUE_SECONDS = 30.0
@@ -22,11 +27,17 @@ QUEUE_SECONDS = 30.0
 
 @dataclass
 class Hall:
-    """An admission with its requests: each enters by a task of its own, and leaves when told."""
+    """An admission with its requests: each enters by a task of its own, and leaves when told.
+
+    A request is (name, cost), (name, cost, party's name) or (name, load, party's name); the hall is its engines' room.
+    """
 
     capacity: int = 100
+    max_sequences: float = math.inf
     away_cost: int = 0
+    away_sequences: int = 0
     max_queued: int = 100
+    parties: dict[str, Party] = field(default_factory=dict)
     arrived: list[str] = field(default_factory=list)
     entered: list[str] = field(default_factory=list)
     waited: dict[str, float] = field(default_factory=dict)
@@ -34,20 +45,28 @@ class Hall:
     refused: dict[str, GatewayError] = field(default_factory=dict)
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     doors: dict[str, asyncio.Event] = field(default_factory=dict)
+    stays: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.clock = asyncio.get_running_loop().time
         gateway = Settings(max_queued_requests=self.max_queued, queue_seconds=QUEUE_SECONDS)
-        self.admission = Admission(gateway, lambda: self.capacity, lambda: self.away_cost, self.clock)
+        self.admission = Admission(gateway, self, self.clock)
 
-    def send(self, name: str, cost: int) -> None:
+    def send(self, name: str, load: int | Load, party: str = "somebody") -> None:
+        load = load if isinstance(load, Load) else Load(load)
         self.doors[name] = asyncio.Event()
-        self.tasks[name] = asyncio.create_task(self._visit(name, cost))
+        self.tasks[name] = asyncio.create_task(self._visit(name, load, self.parties.get(party, Party(party))))
 
-    async def arrive(self, *requests: tuple[str, int]) -> None:
-        for name, cost in requests:
-            self.send(name, cost)
+    async def arrive(self, *requests: tuple[Any, ...]) -> None:
+        for request in requests:
+            self.send(*request)
         await settle()
+
+    async def serve(self, *requests: tuple[Any, ...], seconds: float) -> None:
+        """Each comes, and once it is in, it is done after so long."""
+        for name, *_ in requests:
+            self.stays[name] = seconds
+        await self.arrive(*requests)
 
     async def leave(self, *names: str) -> None:
         for name in names:
@@ -64,15 +83,16 @@ class Hall:
         self.admission.update()
         await settle()
 
-    async def _visit(self, name: str, cost: int) -> None:
+    async def _visit(self, name: str, load: Load, party: Party) -> None:
         self.arrived.append(name)
         try:
             began = self.clock()
-            async with self.admission.admit(cost):
+            async with self.admission.admit(load, party):
                 self.waited[name] = self.clock() - began
                 self.entered.append(name)
-                self.inside[name] = cost
-                await self.doors[name].wait()
+                self.inside[name] = load.tokens
+                with anyio.move_on_after(self.stays.get(name, math.inf)):
+                    await self.doors[name].wait()
         except GatewayError as error:
             self.refused[name] = error
         finally:
@@ -84,7 +104,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def in_hall(test: Callable[[Hall], Awaitable[None]], **options: int) -> None:
+def in_hall(test: Callable[[Hall], Awaitable[None]], **options: Any) -> None:
     async def run() -> None:
         hall = Hall(**options)
         await test(hall)
@@ -117,7 +137,7 @@ def test_what_fits_enters_at_once_and_gives_its_cost_back() -> None:
 def test_cost_comes_back_when_the_request_fails() -> None:
     async def laws(hall: Hall) -> None:
         async def fail() -> None:
-            async with hall.admission.admit(100):
+            async with hall.admission.admit(Load(100), Party("a")):
                 raise ZeroDivisionError
 
         for _ in range(2):
@@ -128,23 +148,41 @@ def test_cost_comes_back_when_the_request_fails() -> None:
     in_hall(laws)
 
 
-def test_small_request_does_not_overtake_a_large_one_that_waits() -> None:
+@pytest.mark.parametrize("party", ["somebody", "another"])
+def test_large_request_that_waits_may_be_overtaken_by_as_much_as_the_capacity(party: str) -> None:
     async def laws(hall: Hall) -> None:
-        await hall.arrive(("a", 60), ("large", 80), ("small", 1))
-        assert hall.entered == ["a"]
-        assert hall.admission.queue_depth == 2
-        await anyio.sleep(3)
+        await hall.arrive(("a", 60, "first"), ("large", 80))
+        passed = 0
+        for number in range(10):
+            await hall.arrive((f"{number}", 30, party))
+            passed += 30 * (f"{number}" in hall.entered)
+            await hall.leave(*(set(hall.entered) & {f"{number}"}))
+        assert passed == 120, "the last may begin as long as less than the capacity has passed"
         await hall.leave("a")
-        assert hall.entered == ["a", "large", "small"]
-        assert hall.waited["large"] == 3.0
-        assert hall.admission.queue_depth == 0
+        assert hall.entered[5] == "large", "then nobody passes"
+
+    in_hall(laws)
+
+
+def test_large_request_that_waits_may_be_overtaken_for_a_third_of_the_longest_wait() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("a", 60), ("large", 80))
+        await anyio.sleep(OVERTAKING_SHARE * QUEUE_SECONDS - 0.1)
+        await hall.arrive(("early", 1))
+        await anyio.sleep(0.2)
+        await hall.arrive(("late", 1))
+        await anyio.sleep(3)
+        await hall.leave("a", "early")
+        assert hall.entered == ["a", "early", "large", "late"]
 
     in_hall(laws)
 
 
 def test_request_larger_than_everything_enters_alone() -> None:
     async def laws(hall: Hall) -> None:
-        await hall.arrive(("a", 1), ("huge", 1000), ("b", 1))
+        await hall.arrive(("a", 1), ("huge", 1000))
+        await anyio.sleep(QUEUE_SECONDS / 2)
+        await hall.arrive(("b", 1))
         assert hall.entered == ["a"]
         await hall.leave("a")
         assert hall.entered == ["a", "huge"]
@@ -181,9 +219,9 @@ def test_no_queue_at_all_still_lets_in_what_fits() -> None:
 def test_wait_ends_at_the_deadline_and_makes_way() -> None:
     async def laws(hall: Hall) -> None:
         await hall.arrive(("a", 60), ("large", 80))
-        await anyio.sleep(10)
+        await anyio.sleep(11)
         await hall.arrive(("small", 40))
-        await anyio.sleep(QUEUE_SECONDS - 10.1)
+        await anyio.sleep(QUEUE_SECONDS - 11.1)
         assert not hall.refused
         await anyio.sleep(0.2)
         await settle()
@@ -246,17 +284,241 @@ def test_more_capacity_lets_in_more() -> None:
     in_hall(laws)
 
 
+def parties(**weights: int) -> dict[str, Party]:
+    return {name: Party(name, weight) for name, weight in weights.items()}
+
+
+async def enter_one_by_one(hall: Hall, num: int) -> str:
+    """Of the next so many that enter, the initials. One is inside at a time."""
+    begun = len(hall.entered)
+    while len(hall.entered) < begun + num:
+        await hall.leave(*hall.inside)
+    return "".join(name[0] for name in hall.entered[begun:])
+
+
+def test_parties_get_work_done_by_their_weights() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("first", 100))
+        await hall.arrive(*((f"a{number}", 100, "a") for number in range(40)))
+        await hall.arrive(*((f"b{number}", 100, "b") for number in range(40)))
+        entered = await enter_one_by_one(hall, 40)
+        assert abs(entered.count("b") - 30) <= 1
+        assert all(1 <= entered[place : place + 4].count("a") <= 2 for place in range(0, 37, 4)), "evenly"
+
+    in_hall(laws, parties=parties(a=1, b=3))
+
+
+@pytest.mark.parametrize("load", [Load(80), Load(20, 1, 60), Load(20, 4, 60)])
+def test_work_is_counted_by_its_cost_with_all_answers(load: Load) -> None:
+    """Four times the cost, a quarter of the requests."""
+
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("first", 100))
+        await hall.arrive(*((f"a{number}", load, "a") for number in range(40)))
+        await hall.arrive(*((f"b{number}", Load(20), "b") for number in range(40)))
+        entered = await enter_one_by_one(hall, 40)
+        assert abs(entered.count("a") - 8) <= 1
+
+    in_hall(laws, max_sequences=1 if load.sequences == 1 else 4)
+
+
+def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("first", 100))
+        await hall.arrive(*((f"a{number}", 100, "a") for number in range(40)))
+        await enter_one_by_one(hall, 10)
+        await hall.arrive(*((f"b{number}", 100, "b") for number in range(20)))
+        assert abs((await enter_one_by_one(hall, 10)).count("b") - 5) <= 1
+
+    in_hall(laws)
+
+
+def test_clients_that_leave_the_queue_cost_their_party_nothing() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("first", 100))
+        await hall.arrive(*((f"a{number}", 100, "a") for number in range(20)))
+        await hall.arrive(*((f"b{number}", 100, "b") for number in range(40)))
+        await hall.cancel(*(f"b{number}" for number in range(20)))
+        assert abs((await enter_one_by_one(hall, 20)).count("b") - 10) <= 1
+
+    in_hall(laws)
+
+
+def test_nobody_starves_however_many_newcomers_there_are() -> None:
+    """A new party comes with every request that is done; what waited before them has had its turn all the same."""
+
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("first", 100, "old"), ("a", 100, "old"), ("b", 100, "old"))
+        for number in range(20):
+            await hall.arrive((f"new{number}", 100, f"new{number}"))
+            await enter_one_by_one(hall, 1)
+        assert hall.entered.index("a") <= 3
+        assert hall.entered.index("b") <= 6
+
+    in_hall(laws)
+
+
+def test_giant_enters_in_the_end_whatever_passes() -> None:
+    """Small requests of others come all the time, at twice the rate that the engines take."""
+
+    async def laws(hall: Hall) -> None:
+        await hall.serve(*((f"first{number}", 10, "others") for number in range(10)), seconds=1)
+        await hall.arrive(("giant", 90, "giant"))
+        for number in range(200):
+            await hall.serve((f"{number}", 10, "others"), seconds=1)
+            await anyio.sleep(0.05)
+        assert hall.waited["giant"] < OVERTAKING_SHARE * QUEUE_SECONDS + 1
+
+    in_hall(laws, max_queued=1000)
+
+
+def test_one_party_alone_has_all_the_room() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(*((f"a{number}", 10, "a") for number in range(10)))
+        assert len(hall.inside) == 10
+
+    in_hall(laws)
+
+
+def test_while_others_are_about_the_last_eighth_is_left_to_them() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("b0", 1, "b"))
+        await hall.leave("b0")
+        await anyio.sleep(50)
+        await hall.arrive(*((f"a{number}", 10, "a") for number in range(10)))
+        assert sum(hall.inside.values()) == 80 <= LARGEST_SHARE * hall.capacity
+        await hall.arrive(("b1", 10, "b"))
+        assert hall.waited["b1"] == 0.0
+
+        await anyio.sleep(10)
+        await hall.leave("b1")
+        await anyio.sleep(60.1)
+        await hall.arrive(("a10", 10, "a"), ("a11", 10, "a"))
+        assert sum(hall.inside.values()) == 100, "nobody else has come for a minute"
+
+    in_hall(laws)
+
+
+def test_answers_take_places_of_the_batch() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("a", Load(4, 4)), ("b", Load(1, 1)), ("c", Load(1, 1)), ("d", Load(1, 1)))
+        assert hall.entered == ["a", "b"]
+        await hall.leave("a")
+        assert hall.entered == ["a", "b", "c", "d"]
+        await hall.leave(*"bcd")
+        await hall.arrive(("more than there are", Load(9, 9)))
+        assert "more than there are" in hall.entered
+
+    in_hall(laws, max_sequences=5)
+
+
+def test_full_queue_makes_place_for_a_party_that_has_fewer_places() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("first", 100, "a"))
+        await hall.arrive(*((f"a{number}", 1, "a") for number in range(8)))
+        await hall.arrive(*((f"b{number}", 1, "b") for number in range(8)))
+        assert set(hall.refused) == {*("a4", "a5", "a6", "a7"), *("b4", "b5", "b6", "b7")}, "the newest of who has most"
+        assert [reason(hall.refused[name]) for name in ("a4", "b4")] == ["queue_share", "queue_full"]
+        assert hall.refused["a4"].code == "queue_full"
+        assert hall.admission.queue_depth == 8
+
+    in_hall(laws, max_queued=8)
+
+
+def test_places_in_the_queue_go_by_weight() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("first", 100))
+        await hall.arrive(*((f"a{number}", 1, "a") for number in range(8)))
+        await hall.arrive(*((f"b{number}", 1, "b") for number in range(8)))
+        assert sum(name[0] == "b" for name in hall.refused) == 2
+        assert sum(name[0] == "a" for name in hall.refused) == 6
+
+    in_hall(laws, max_queued=8, parties=parties(a=1, b=3))
+
+
+def test_parallel_requests_of_a_party_are_limited_and_the_others_pass_them() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(*((f"a{number}", 1, "a") for number in range(4)), ("b", 1, "b"))
+        assert hall.entered == ["a0", "a1", "b"]
+        await hall.leave("a0")
+        assert hall.entered[3:] == ["a2"]
+        await anyio.sleep(QUEUE_SECONDS + 1)
+        error = hall.refused["a3"]
+        assert isinstance(error, RateLimitError)
+        assert (error.status, error.reason) == (429, "parallel_requests")
+        assert "at most 2 requests" in error.message
+
+    in_hall(laws, parties={"a": Party("a", 1, 2)})
+
+
+def test_party_is_forgotten_when_it_has_gone() -> None:
+    async def laws(hall: Hall) -> None:
+        for number in range(100):
+            await hall.arrive((f"{number}", 1, f"{number}"))
+            await hall.leave(f"{number}")
+        assert not hall.admission._flows
+
+    in_hall(laws)
+
+
+def flood_waits(num_flooding: int) -> tuple[list[float], int]:
+    """Seconds that a quiet key's 21 small texts wait, and how many are refused.
+
+    Meanwhile another key has so many image requests under way, and repeats each as soon as it is refused or done. An
+    engine works on 8 answers at a time: an image's takes 4 s, a text's 1 s.
+    """
+    waits: list[float] = []
+    refused = 0
+
+    async def laws(hall: Hall) -> None:
+        async def flood(number: int) -> None:
+            for turn in count():
+                name = f"flood {number}.{turn}"
+                await hall.serve((name, Load(700, 1, 256), "flood"), seconds=4)
+                await hall.tasks[name]
+                await asyncio.sleep(1 if name in hall.refused else 0)
+
+        floods = [asyncio.ensure_future(flood(number)) for number in range(num_flooding)]
+        await anyio.sleep(60)
+        texts = [f"text {number}" for number in range(21)]
+        for name in texts:
+            await hall.serve((name, Load(20, 1, 64), "quiet"), seconds=1)
+            await anyio.sleep(0.5)
+        await anyio.sleep(QUEUE_SECONDS + 1)
+        waits.extend(hall.waited[name] for name in texts if name in hall.waited)
+        nonlocal refused
+        refused = sum(name in hall.refused for name in texts)
+        for task in floods:
+            task.cancel()
+
+    in_hall(laws, capacity=131_072, max_sequences=9, max_queued=256)
+    return waits, refused
+
+
+def test_quiet_key_is_served_under_a_flood_of_another() -> None:
+    """All are served; the p95 of their waits is at most three times that without the flood, and one service time."""
+    alone, _ = flood_waits(0)
+    flooded, refused = flood_waits(320)
+    assert (len(alone), len(flooded), refused) == (21, 21, 0)
+    service_seconds = 4
+
+    def p95(waits: list[float]) -> float:
+        return statistics.quantiles(waits, n=20)[-1]
+
+    assert p95(flooded) <= 3 * p95(alone) + service_seconds
+
+
 def test_work_of_engines_that_take_no_more_takes_no_room_on_the_others() -> None:
     """One of two engines drains: what it has still counts as in flight, and the other is free."""
 
     async def laws(hall: Hall) -> None:
         await hall.arrive(("stream", 80))
-        hall.away_cost = 80
+        hall.away_cost, hall.away_sequences = 80, 1
         await hall.change_capacity(100)
         await hall.arrive(("a", 60), ("b", 40), ("c", 1))
         assert hall.entered == ["stream", "a", "b"]
         assert hall.admission.inflight_cost == 180
-        hall.away_cost = 0
+        hall.away_cost = hall.away_sequences = 0
         await hall.leave("stream")
         assert hall.entered[3:] == [], "no room came free on the other"
         await hall.leave("b")
@@ -267,7 +529,10 @@ def test_work_of_engines_that_take_no_more_takes_no_room_on_the_others() -> None
 
 def test_client_that_leaves_the_queue_makes_way_at_once() -> None:
     async def laws(hall: Hall) -> None:
-        await hall.arrive(("a", 60), ("large", 80), ("small", 40))
+        await hall.arrive(("a", 60), ("large", 80))
+        await anyio.sleep(QUEUE_SECONDS / 2)
+        await hall.arrive(("small", 40))
+        assert hall.entered == ["a"]
         await hall.cancel("large")
         assert hall.entered == ["a", "small"]
         assert hall.admission.inflight_cost == 100
@@ -279,7 +544,7 @@ def test_client_that_leaves_the_queue_makes_way_at_once() -> None:
 @pytest.mark.parametrize("is_granted_first", [True, False])
 def test_client_that_leaves_as_it_is_let_in_gives_its_place_to_the_next(is_granted_first: bool) -> None:
     async def laws(hall: Hall) -> None:
-        async with hall.admission.admit(100):
+        async with hall.admission.admit(Load(100), Party("somebody")):
             await hall.arrive(("b", 100), ("c", 100))
             if not is_granted_first:
                 hall.tasks["b"].cancel()
@@ -340,7 +605,7 @@ def test_retry_after_stays_within_its_bounds(seconds: float, cost: int, told: in
 
 
 STEPS = st.one_of(
-    st.tuples(st.just("arrive"), st.integers(1, 15)),
+    st.tuples(st.just("arrive"), st.integers(1, 45)),
     st.tuples(st.just("leave"), st.integers(0, 9)),
     st.tuples(st.just("cancel"), st.integers(0, 9)),
     st.tuples(st.just("capacity"), st.sampled_from([0, 4, 10, 20])),
@@ -360,11 +625,15 @@ def check_sums(hall: Hall) -> None:
 def test_laws_hold_in_any_history(steps: list[tuple[str, int]]) -> None:
     async def laws(hall: Hall) -> None:
         names = count()
+        kinds: dict[tuple[int, int], list[str]] = {}
         for step, value in steps:
             before = set(hall.inside)
             present = [name for name in hall.arrived if not hall.tasks[name].done()]
             if step == "arrive":
-                await hall.arrive((f"{next(names)}", value))
+                cost, party = 1 + value // 3, value % 3
+                name = f"{next(names)}"
+                kinds.setdefault((cost, party), []).append(name)
+                await hall.arrive((name, cost, f"{party}"))
             elif step == "leave" and hall.inside:
                 await hall.leave(list(hall.inside)[value % len(hall.inside)])
             elif step == "cancel" and present:
@@ -380,8 +649,9 @@ def test_laws_hold_in_any_history(steps: list[tuple[str, int]]) -> None:
             waiting = [name for name in hall.arrived if not hall.tasks[name].done() and name not in hall.inside]
             if waiting and hall.capacity:
                 assert hall.inside, "somebody waits for nobody"
-        numbers = [int(name) for name in hall.entered]
-        assert numbers == sorted(numbers), "somebody was overtaken"
+        for alike in kinds.values():
+            entered = [name for name in hall.entered if name in alike]
+            assert entered == sorted(entered, key=int), "somebody was overtaken by his like"
         assert all(0 <= waited <= QUEUE_SECONDS for waited in hall.waited.values())
 
     in_hall(laws, capacity=10, max_queued=5)
@@ -397,7 +667,7 @@ def test_everything_comes_back_however_the_turns_of_the_loop_fall(steps: list[tu
         for (step, value), turns in steps:
             everyone = list(hall.tasks)
             if step == "arrive":
-                hall.send(f"{next(names)}", value)
+                hall.send(f"{next(names)}", 1 + value // 3, f"{value % 3}")
             elif step == "leave" and everyone:
                 hall.doors[everyone[-1 - value % len(everyone)]].set()
             elif step == "cancel" and everyone:

@@ -29,18 +29,6 @@ async def test_fields_reach_the_engine_as_they_were_sent(client: httpx.AsyncClie
     assert response.headers["x-visual-tokens-full"] == "0"
 
 
-@pytest.mark.parametrize("value", ["64", "0", "lots"])
-@pytest.mark.parametrize(
-    ("route", "body"), [(ROUTE, {"prompt": "a"}), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})]
-)
-async def test_a_budget_in_a_header_is_refused_where_there_are_no_images(
-    client: httpx.AsyncClient, engine: FakeEngine, route: str, body: dict[str, Any], value: str
-) -> None:
-    response = await client.post(route, json=body, headers={"X-Visual-Token-Budget": value})
-    assert_error(response, 400, "X-Visual-Token-Budget", "visual token budget")
-    assert not engine.calls
-
-
 @pytest.mark.parametrize("asked", [True, False])
 async def test_a_stream_ends_with_usage_if_asked(client: httpx.AsyncClient, engine: FakeEngine, asked: bool) -> None:
     options = {"stream_options": {"include_usage": True}} if asked else {}
@@ -71,11 +59,15 @@ async def test_prompts_have_four_forms(client: httpx.AsyncClient, engine: FakeEn
         ({"prompt": [[1], []]}, "prompt[1]", "at least 1"),
         ({"prompt": ["a"] * 9, "n": 128}, "n", "at most 1024"),
         ({"prompt": "a", "n": 129}, "n", "128"),
-        ({"prompt": "a", "visual_token_budget": "low"}, "visual_token_budget", "image"),
         ({"prompt": "a", "min_pixels": 3}, "min_pixels", "takes no images"),
         ({"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds", "cannot be set"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "no effect"),
-        ({"prompt": "a", "best_of": 2}, "best_of", "unknown field"),
+        ({"prompt": "a", "best_of": 2}, "best_of", "use 'n'"),
+        ({"prompt": "a", "tools": []}, "tools", "/v1/chat/completions has them"),
+        ({"prompt": "a", "functions": []}, "functions", "/v1/chat/completions has them"),
+        ({"prompt": "a", "messages": []}, "messages", "use 'prompt'"),
+        ({"prompt": "a", "max_completion_tokens": 3}, "max_completion_tokens", "use 'max_tokens'"),
+        ({"prompt": "a", "store": True}, "store", "keeps no answers"),
         ({"prompt": "a", "logprobs": True, "temprature": 1}, "temprature", "'temperature'"),
         ({"prompt": "a", "top_k": 2**31}, "top_k", "less than"),
         ({"prompt": "a", "length_penalty": 100}, "length_penalty", "less than"),

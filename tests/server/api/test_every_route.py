@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -94,6 +95,66 @@ async def test_failure_in_mid_stream_is_the_last_event(
     assert "CUDA" not in last["error"]["message"]
     assert (status == 400) == ("too long" in last["error"]["message"])
     assert await count_of(client, route, status) == 1
+
+
+def wrong_usages() -> list[Callable[[dict[str, Any]], Any]]:
+    """What an engine may report in the place of its usage, made of the right one."""
+
+    def instead(value: Any) -> Callable[[dict[str, Any]], Any]:
+        return lambda usage: value
+
+    def with_count(place: int, value: Any) -> Callable[[dict[str, Any]], Any]:
+        def spoil(usage: dict[str, Any]) -> dict[str, Any]:
+            name = [name for name in usage if not name.endswith("details")][place]
+            changed = {**usage, name: value}
+            if value is ...:
+                del changed[name]
+            return changed
+
+        return spoil
+
+    def with_details(value: Any) -> Callable[[dict[str, Any]], Any]:
+        return lambda usage: {**usage, next(name for name in usage if name.endswith("details")): value}
+
+    return [
+        *(instead(value) for value in (None, {}, [], [1], "many", 7, True)),
+        *(with_count(place, value) for place in range(3) for value in (..., None, -1, "12", 1.5, True, [], 10**400)),
+        *(with_details(value) for value in ("few", [3], True, {"cached_tokens": "3"}, {"cached_tokens": -1})),
+    ]
+
+
+WRONG_IMAGE_TOKENS = ("few", [3], {"image": "3"}, {"image": -1}, {"image": None})
+
+
+@every_route
+@pytest.mark.parametrize("stream", [False, True])
+async def test_usage_that_cannot_be_read_is_the_engines_failure(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture, route: str, stream: bool
+) -> None:
+    caplog.set_level("INFO", logger="visiondrop.requests")
+    cases = wrong_usages()
+    if route != paths.RESPONSES:  # where usage has no count of image tokens
+        cases += [
+            lambda usage, wrong=wrong: {**usage, "prompt_tokens_details": {"multimodal_tokens": wrong}}
+            for wrong in WRONG_IMAGE_TOKENS
+        ]
+    for number, engine.misreport in enumerate(cases, 1):
+        async with client.stream("POST", route, json={**BODIES[route], "stream": stream}) as response:
+            if stream:
+                assert response.status_code == 200
+                *_, last = await events_of(response)
+            else:
+                await response.aread()
+                assert_error(response, 502, None)
+                last = response.json()
+        assert last["error"]["code"] == "engine_failed"
+        assert "usage" in last["error"]["message"]
+        assert [json.loads(line)["status"] for line in caplog.messages] == [502] * number
+    text = await metrics_of(client)
+    assert metric(text, "visiondrop_inflight_requests") == 0
+    assert await count_of(client, route, 502) == len(cases)
+    engine.misreport = lambda usage: usage
+    assert (await client.post(route, json=BODIES[route])).status_code == 200
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
-from gateway import bearer, gateway
+from gateway import assert_error, bearer, gateway, make_app
 from images import ask, image
-from metric_text import metric
+from metric_text import metric, until_metric
 
 from server.admission.drain import Drain
+from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +55,7 @@ async def test_bodies_in_memory_are_bounded(engine: FakeEngine) -> None:
     body = ask(image())
     size = len(httpx.Request("POST", "http://x", json=body).content)
     async with gateway(
-        engine, max_buffered_bytes=int(size * 1.5), max_body_bytes=size, max_image_bytes=size // 2
+        engine, max_buffered_bytes=int(size * 1.7), max_body_bytes=size, max_image_bytes=size // 2
     ) as client:
         first = asyncio.ensure_future(client.post(CHAT, json=body))
         await asyncio.wait_for(engine.asked.wait(), 5)
@@ -66,11 +68,31 @@ async def test_bodies_in_memory_are_bounded(engine: FakeEngine) -> None:
         assert (await client.post(CHAT, json=body)).status_code == 200, "the memory should have been given back"
 
 
+async def test_client_that_holds_its_share_of_memory_locks_nobody_out(engine: FakeEngine) -> None:
+    engine.hold_before_answer = True
+    size = len(httpx.Request("POST", "http://x", json=TEXT).content)
+    settings = Settings(max_buffered_bytes=5 * size, max_body_bytes=size, max_image_bytes=1)
+    app = make_app(settings, engine)
+    async with (
+        httpx.AsyncClient(transport=AsgiTransport(app, "192.0.2.1"), base_url="http://gateway") as busy,
+        httpx.AsyncClient(transport=AsgiTransport(app, "192.0.2.2"), base_url="http://gateway") as quiet,
+    ):
+        held = [asyncio.ensure_future(busy.post(CHAT, json=TEXT)) for _ in range(3)]
+        await until_metric(busy, "visiondrop_buffered_bytes", 3 * size)
+        refused = await busy.post(CHAT, json=TEXT)
+        assert_error(refused, 503, None, "as much of the server's memory as they may")
+        assert refused.json()["error"]["code"] == "memory_share"
+        other = asyncio.ensure_future(quiet.post(CHAT, json=TEXT))
+        await until_metric(busy, "visiondrop_buffered_bytes", 4 * size)
+        for request in (*held, other):
+            request.cancel()
+
+
 async def test_stream_gives_its_bodys_memory_back_when_the_engine_has_it(engine: FakeEngine) -> None:
     engine.hold = True
     body = {**ask(image()), "stream": True}
     size = len(httpx.Request("POST", "http://x", json=body).content)
-    limits = {"max_body_bytes": size, "max_image_bytes": size // 2, "max_buffered_bytes": int(size * 1.5)}
+    limits = {"max_body_bytes": size, "max_image_bytes": size // 2, "max_buffered_bytes": int(size * 1.7)}
     async with gateway(engine, **limits) as client, AsyncExitStack() as streams:
         for _ in range(3):
             response = await streams.enter_async_context(client.stream("POST", CHAT, json=body))

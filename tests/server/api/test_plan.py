@@ -9,7 +9,7 @@ import httpx
 import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, FakeEngine
-from gateway import bearer, gateway, make_app
+from gateway import assert_error, bearer, gateway, make_app
 from images import ask, image
 
 from server.settings import Settings
@@ -77,18 +77,39 @@ async def test_wishes_that_cannot_be_honoured_are_refused(
     assert not engine.bodies
 
 
+NOTHING = {"images": 0, "full": 0, "kept": 0, "saved": 0, "per_image": []}
+WITHOUT_IMAGES = [
+    (CHAT, {"messages": [{"role": "user", "content": "Hi"}]}),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}),
+    ("/v1/completions", {"prompt": "Hi"}),
+    ("/v1/responses", {"input": "Hi"}),
+]
+
+
 @pytest.mark.parametrize("place", ["body", "header"])
-async def test_budget_without_images_is_refused(client: httpx.AsyncClient, engine: FakeEngine, place: str) -> None:
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
-    headers = {}
-    if place == "body":
-        body["visual_token_budget"] = 320
-    else:
-        headers["X-Visual-Token-Budget"] = "320"
-    response = await client.post(CHAT, json=body, headers=headers)
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == ("visual_token_budget" if place == "body" else "X-Visual-Token-Budget")
-    assert "no images" in response.json()["error"]["message"]
+@pytest.mark.parametrize(("route", "body"), WITHOUT_IMAGES)
+async def test_a_budget_without_images_is_reported_as_not_applied(
+    client: httpx.AsyncClient, engine: FakeEngine, route: str, body: dict[str, Any], place: str
+) -> None:
+    fields = {"visual_token_budget": 320} if place == "body" else {}
+    headers = {"X-Visual-Token-Budget": "320"} if place == "header" else {}
+    response = await client.post(route, json={**body, **fields}, headers=headers)
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["visual_tokens"] == NOTHING
+    assert response.headers["x-visual-tokens-full"] == "0"
+    assert "x-visual-token-budget" not in response.headers
+    assert not {"visual_token_budget", "mm_processor_kwargs"} & engine.bodies[-1].keys()
+
+
+@pytest.mark.parametrize("value", [31, 1.5, True, "lots"])
+@pytest.mark.parametrize(("route", "body"), WITHOUT_IMAGES)
+async def test_what_is_no_budget_is_refused_also_without_images(
+    client: httpx.AsyncClient, engine: FakeEngine, route: str, body: dict[str, Any], value: Any
+) -> None:
+    response = await client.post(route, json={**body, "visual_token_budget": value})
+    assert_error(response, 400, "visual_token_budget", "at least 32")
+    response = await client.post(route, json=body, headers={"X-Visual-Token-Budget": str(value)})
+    assert_error(response, 400, "X-Visual-Token-Budget", "at least 32")
     assert not engine.bodies
 
 

@@ -58,6 +58,40 @@ async def test_nothing_is_stored_and_values_are_left_as_they_came(
     }
 
 
+async def test_what_has_no_effect_is_accepted_and_kept_from_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    sent_back = {
+        "metadata": {"run": "7"},
+        "prompt_cache_key": "k",
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "service_tier": "default",
+        "text": {"verbosity": "low"},
+        "user": "eve",
+    }
+    fields = {
+        "include": ["reasoning.encrypted_content", "web_search_call.results"],
+        "prompt_cache_options": {"mode": "explicit"},
+        "prompt_cache_retention": "24h",
+        "safety_identifier": "s",
+        "store": False,
+        "stream_options": {"include_obfuscation": False},
+    }
+    part = {"type": "input_text", "text": "Hi"}
+    marked = {**part, "cache_control": {"type": "ephemeral"}, "prompt_cache_breakpoint": {"mode": "explicit"}}
+    body = {"input": [{"role": "user", "content": [marked]}], **sent_back}
+    response = await client.post(ROUTE, json={**body, **fields})
+    assert response.status_code == 200, response.text
+    plain = [{"role": "user", "content": [part]}]
+    assert engine.calls == [(ROUTE, {**body, "input": plain, "store": False})]
+
+
+async def test_of_what_may_be_included_log_probabilities_are(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    wish = ["reasoning.encrypted_content", "message.output_text.logprobs"]
+    assert (await client.post(ROUTE, json={"input": "a", "include": wish})).status_code == 200
+    assert engine.calls[0][1]["include"] == ["message.output_text.logprobs"]
+
+
 async def test_budgets_reach_the_engine_and_their_savings_the_client(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
@@ -110,7 +144,19 @@ async def test_an_error_event_goes_on_with_the_numbers(client: httpx.AsyncClient
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools", "chat/completions"),
         ({"input": "a", "tool_choice": "required"}, "tool_choice", ""),
         ({"input": "a", "prompt": {"id": "p"}}, "prompt", "stored prompts"),
-        ({"input": "a", "include": ["reasoning.encrypted_content"]}, "include[0]", "logprobs"),
+        ({"input": "a", "include": ["everything"]}, "include[0]", "logprobs"),
+        ({"input": "a", "functions": []}, "functions", "chat/completions"),
+        ({"input": "a", "conversation": "c"}, "conversation", "keeps no responses"),
+        ({"input": "a", "response_format": {}}, "response_format", "use 'text.format'"),
+        ({"input": "a", "reasoning_effort": "low"}, "reasoning_effort", "use 'reasoning.effort'"),
+        ({"input": "a", "verbosity": "low"}, "verbosity", "use 'text.verbosity'"),
+        ({"input": "a", "messages": []}, "messages", "use 'input'"),
+        ({"input": "a", "modalities": ["text"]}, "modalities", "unknown field"),
+        (
+            {"input": "a", "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            "",
+        ),
         ({"input": "a", "mm_processor_kwargs": {}}, "mm_processor_kwargs", "cannot be set"),
         ({"input": "a", "max_tokens": 3}, "max_tokens", "'max_output_tokens'"),
         ({"input": "a", "min_pixels": 3}, "min_pixels", "'visual_token_budget'"),

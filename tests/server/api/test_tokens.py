@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
 import pytest
+from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
-from gateway import assert_error
+from gateway import assert_error, make_app
 from images import image
+
+from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -48,6 +52,45 @@ async def test_bad_token_requests_get_a_sentence(
     assert not engine.calls
 
 
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})])
+async def test_the_header_that_a_client_sends_everywhere_must_be_a_budget(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
+    for value in ("0", "lots"):
+        response = await client.post(path, json=body, headers={"X-Visual-Token-Budget": value})
+        assert_error(response, 400, "X-Visual-Token-Budget", "at least 32")
+    assert not engine.calls
+    assert (await client.post(path, json=body, headers={"X-Visual-Token-Budget": "64"})).status_code == 200
+
+
+async def test_a_conversation_is_tokenized_as_chat_sends_it(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "name": "a"}
+    body = {"messages": [{"role": "user", "content": [part]}], "add_generation_prompt": False}
+    assert (await client.post("/tokenize", json=body)).status_code == 200
+    plain = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert engine.calls == [("/tokenize", {**body, "messages": plain})]
+
+
 async def test_failures_of_the_engine_are_passed_on(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.refusal = (500, {"error": {"message": "CUDA"}})
     assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 502
+
+
+async def test_large_texts_go_to_the_tokenizer_a_few_at_a_time_and_small_ones_pass(engine: FakeEngine) -> None:
+    """vLLM tokenizes one after another, for generating requests as well."""
+    engine.hold_before_answer = True
+    app = make_app(Settings(), engine)
+    async with (
+        httpx.AsyncClient(transport=AsgiTransport(app, "192.0.2.1"), base_url="http://gateway") as busy,
+        httpx.AsyncClient(transport=AsgiTransport(app, "192.0.2.2"), base_url="http://gateway") as quiet,
+    ):
+        texts = [asyncio.ensure_future(busy.post("/tokenize", json={"prompt": "x" * 200_000})) for _ in range(5)]
+        small = asyncio.ensure_future(quiet.post("/tokenize", json={"prompt": "x"}))
+        async with asyncio.timeout(10):
+            while {"prompt": "x"} not in engine.bodies:  # noqa: ASYNC110  # seen from outside
+                await asyncio.sleep(0.01)
+        assert len(engine.bodies) == 2
+        engine.hold_before_answer = False
+        for request in (texts[0], small):
+            request.cancel()
+        assert [answer.status_code for answer in await asyncio.gather(*texts[1:])] == [200] * 4

@@ -10,7 +10,9 @@ from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
 
 from server.engine.client import EngineCall, HttpEngineClient
-from server.errors import EngineDrainingError, EngineMismatchError, OverloadedError
+from server.engine.relay import relay_events
+from server.errors import EngineDrainingError, EngineFailedError, EngineMismatchError, OverloadedError
+from server.telemetry.record import RequestRecord
 
 pytestmark = pytest.mark.anyio
 
@@ -67,6 +69,27 @@ async def test_engine_that_is_being_stopped_is_told_from_a_dead_and_from_a_busy_
     engine.geometry = None
     with pytest.raises(EngineMismatchError):
         await client.geometry()  # what comes back may be another engine
+    await client.aclose()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"what?", b"[1]", b"null", b'{"a": NaN}', b'{"a": 1e', b"[" * 100_000, b'{"a":' * 100_000,
+     b'{"choices": 3}', b'{"choices": {"0": 1}}', b'{"choices": [1]}', b"\xff{}"],
+)  # fmt: skip
+async def test_answer_that_cannot_be_read_is_the_engines_failure(body: bytes) -> None:
+    def reply(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(
+            200, content=body if request.url.path == "/v1/completions" else b"data: " + body + b"\n\n"
+        )
+
+    client = HttpEngineClient(httpx.MockTransport(reply))
+    with pytest.raises(EngineFailedError, match="cannot be read"):
+        await client.complete(EngineCall("/v1/completions", b"{}", "req-1"))
+    source = await client.open_stream(EngineCall("/v1/chat/completions", b"{}", "req-1"))
+    events = [event async for event in relay_events(source, RequestRecord("req-1", "/"), include_usage=True)]
+    assert b"cannot be read" in events[-1]
+    assert len(events) == 1
     await client.aclose()
 
 

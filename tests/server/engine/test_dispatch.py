@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from asgi_transport import AsgiTransport
 from fake_engine import GEOMETRY, FakeEngine
-from gateway import gateway, make_app
+from gateway import assert_error, bearer, gateway, make_app, write_keys
 from images import ask, image
 from metric_text import metric, metrics_of, until_metric
 from wire import Wire
@@ -23,6 +24,13 @@ pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"
 
 LONG = "a lot " * 100
+
+
+def say(text: str, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], **fields}
+
+
+TEXT = say("Hello")
 
 
 async def test_requests_above_capacity_wait_and_then_run_in_order(engine: FakeEngine) -> None:
@@ -109,3 +117,115 @@ async def test_request_planned_for_an_engine_that_was_replaced_meanwhile_is_told
         assert len(engine.bodies) == 1
         engine.hold = False
         assert (await client.post(CHAT, json=body)).json()["usage"]["visual_tokens"]["full"]
+
+
+def tell_limits(engine: FakeEngine, **limits: int) -> None:
+    assert engine.geometry is not None
+    engine.geometry["limits"] = {"max_model_len": 6000, "max_chars_per_token": 16, "max_num_seqs": 8, **limits}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (say("x" * 600_000), "messages", "600000 characters (more than 96000 characters"),
+        (ask(*[image(1344, 1344)] * 3, visual_token_budget="full"), "messages", "at least 8785 input tokens"),
+        ({**TEXT, "max_tokens": 6001}, "max_tokens", "max_tokens=6001 cannot be greater than max_model_len=6000"),
+    ],
+)
+async def test_what_can_never_fit_is_refused_before_it_waits(
+    engine: FakeEngine, body: dict[str, Any], param: str, words: str
+) -> None:
+    tell_limits(engine)
+    engine.hold = True
+    async with gateway(engine, max_inflight_tokens=1, max_queued_requests=0) as client:
+        async with client.stream("POST", CHAT, json=ask(stream=True)) as response:
+            await anext(response.aiter_bytes())
+            refused = await client.post(CHAT, json=body)
+        assert_error(refused, 400, param, words)
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert "retry-after" not in refused.headers
+        assert len(engine.bodies) == 1
+        assert metric(await metrics_of(client), 'visiondrop_rejections_total{reason="too_long"}') == 1
+
+
+async def test_text_that_only_might_be_too_long_costs_no_more_than_the_context_and_goes_on(engine: FakeEngine) -> None:
+    tell_limits(engine)
+    engine.hold = True
+    async with gateway(engine) as client:
+        body = say("x" * 90_000, stream=True)
+        async with client.stream("POST", CHAT, json=body) as response:
+            await anext(response.aiter_bytes())
+            assert metric(await metrics_of(client), "visiondrop_inflight_tokens") == 6000
+
+
+async def test_engine_gets_as_many_answers_as_run_in_it_and_an_eighth_to_prepare(engine: FakeEngine) -> None:
+    tell_limits(engine, max_num_seqs=8)
+    engine.hold_before_answer = True
+    async with gateway(engine) as client:
+        whole = asyncio.ensure_future(client.post(CHAT, json={**TEXT, "n": 8}))
+        await asyncio.wait_for(engine.asked.wait(), 5)
+        more = [asyncio.ensure_future(client.post(CHAT, json=TEXT)) for _ in range(3)]
+        await until_metric(client, "visiondrop_queue_depth", 2)
+        assert len(engine.bodies) == 2
+        engine.hold_before_answer = False
+        whole.cancel()
+        more[0].cancel()
+        assert [answer.status_code for answer in await asyncio.gather(*more[1:])] == [200, 200]
+
+
+KEYS = """
+[keys.busy]
+secret = "busy"
+max_parallel_requests = 3
+[keys.quiet]
+secret = "quiet"
+"""
+
+
+async def test_keys_share_the_queue_and_a_limit_of_parallel_requests_holds(engine: FakeEngine, tmp_path: Path) -> None:
+    keys = write_keys(tmp_path, KEYS)
+    engine.hold_before_answer = True
+    async with gateway(engine, api_keys_file=keys, key_metrics=True, max_queued_requests=4) as client:
+        asked = [asyncio.ensure_future(client.post(CHAT, json=TEXT, headers=bearer("busy"))) for _ in range(7)]
+        await asyncio.wait_for(engine.asked.wait(), 5)
+        await until_depth(client, 4)
+        assert len(engine.bodies) == 3, "there would be room for all"
+        quiet = asyncio.ensure_future(client.post(CHAT, json=TEXT, headers=bearer("quiet")))
+        while len(engine.bodies) < 4:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        engine.hold_before_answer = False
+        for request in (*asked[:3], quiet):
+            request.cancel()
+        assert [answer.status_code for answer in await asyncio.gather(*asked[3:])] == [200] * 4
+        text = (await client.get("/metrics", headers=bearer("quiet"))).text
+        assert metric(text, 'visiondrop_key_queue_seconds_count{key="busy"}') == 7
+        assert metric(text, 'visiondrop_key_queue_seconds_count{key="quiet"}') == 1
+
+
+async def until_depth(client: httpx.AsyncClient, depth: int) -> None:
+    while metric((await client.get("/metrics", headers=bearer("quiet"))).text, "visiondrop_queue_depth") != depth:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def test_full_queue_turns_away_the_newest_of_the_client_with_the_most_places(engine: FakeEngine) -> None:
+    """Without keys, clients are told apart by their addresses."""
+    engine.hold_before_answer = True
+    app = make_app(Settings(max_inflight_tokens=1, max_queued_requests=2), engine)
+    async with (
+        httpx.AsyncClient(transport=AsgiTransport(app, "192.0.2.1"), base_url="http://gateway") as busy,
+        httpx.AsyncClient(transport=AsgiTransport(app, "192.0.2.2"), base_url="http://gateway") as quiet,
+    ):
+        first = asyncio.ensure_future(busy.post(CHAT, json=TEXT))
+        await asyncio.wait_for(engine.asked.wait(), 5)
+        waiting = []
+        for depth in (1, 2):
+            waiting.append(asyncio.ensure_future(busy.post(CHAT, json=TEXT)))
+            await until_metric(busy, "visiondrop_queue_depth", depth)
+        other = asyncio.ensure_future(quiet.post(CHAT, json=TEXT))
+        refused = await waiting[1]
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
+        assert refused.headers["retry-after"]
+        engine.hold_before_answer = False
+        first.cancel()
+        assert [answer.status_code for answer in await asyncio.gather(other, waiting[0])] == [200, 200]
+        assert metric(await metrics_of(busy), 'visiondrop_rejections_total{reason="queue_share"}') == 1

@@ -12,6 +12,7 @@ import pytest
 from fake_engine import FakeEngine
 from wire import Wire, chat, make_pool, running, until
 
+from server.engine import awake_clock
 from server.engine.monitor import LOST_FACTOR, EngineState, Signs, state_of
 from server.errors import EngineMismatchError
 from server.settings import Settings
@@ -227,6 +228,31 @@ async def test_engine_of_another_rule_is_not_up_and_requests_learn_why(engine: F
     assert engine.num_canaries == 0
 
 
+async def test_engine_that_was_replaced_between_two_probes_is_noticed(
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert engine.geometry is not None
+    pool = make_pool(FAST, Wire(engine))
+    async with running(pool):
+        await pool.complete(chat(images=("a",)))
+        assert pool._engines["0"].num_seen({"a"}) == 1
+        engine.model = "another"
+        engine.geometry = {**engine.geometry, "boot_id": "2"}
+        await until(lambda: pool._engines["0"].num_seen({"a"}) == 0)
+        served = pool._engines["0"].monitor.served
+        assert served is not None
+        assert (served.models, served.geometry.tile_size) == ({"another"}, 336)
+
+        engine.geometry = {**engine.geometry, "geometry": {**engine.geometry["geometry"], "tile_size": 384}}
+        await until(lambda: "replaced" in caplog.text.partition("replaced")[2])
+        assert (await pool.geometry()).tile_size == 384
+        assert pool.is_up("0")
+
+        engine.geometry = None
+        await until(lambda: pool.state("0") is EngineState.MISMATCH)
+    assert caplog.text.count("engine 0 was replaced between two probes") == 2
+
+
 async def test_time_in_which_the_gateway_stood_still_does_not_count(engine: FakeEngine) -> None:
     engine.hold_before_answer = True
     pool = make_pool(FAST, Wire(engine))
@@ -241,3 +267,22 @@ async def test_time_in_which_the_gateway_stood_still_does_not_count(engine: Fake
         assert pool.is_up("0")
         answer.cancel()
         await asyncio.wait((answer,))
+
+
+async def test_engine_is_not_stalled_while_the_gateway_is_late(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when thousands of clients leave at once: each step of the event loop takes long, and an answer takes many."""
+    monkeypatch.setattr(awake_clock, "_BEAT_SECONDS", 0.005)
+    pool = make_pool(FAST, Wire(engine))
+    async with running(pool):
+        await until(lambda: pool.is_up("0"))
+        began = time.monotonic()
+        while time.monotonic() - began < 5 * STALL:
+            time.sleep(STALL / 5)  # noqa: ASYNC251
+            await asyncio.sleep(0)
+            assert pool.state("0") is EngineState.UP
+        engine.is_stalled = True
+        assert await until(lambda: pool.state("0") is EngineState.STALLED) < STALL + 0.5, (
+            "it still counts what is on time"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from wire import Wire, chat, make_pool, running, until
 
+from server.admission.context_length import ContextLength
 from server.engine.client import EventSource, HttpEngineClient
 from server.engine.monitor import LOST_FACTOR, EngineState
 from server.engine.pool import AFFINITY_SLACK, EnginePool
@@ -486,3 +488,36 @@ async def test_stopped_and_killed_processes_lose_only_their_own(tmp_path: Path) 
             await until(lambda: pool.state("0") is EngineState.DOWN)
             assert await pool.complete(chat())
             assert costs(pool) == [0, 0]
+
+
+async def test_limits_are_those_of_the_engines_that_are_up_and_learned_anew_from_one_that_comes_back() -> None:
+    """The longest context counts, since a request might go there; answers that run at a time are added up."""
+    engines = [FakeEngine() for _ in range(2)]
+    wires = [Wire(engine) for engine in engines]
+    pool = make_pool(Settings(), *wires)
+    assert (await pool.context_length(), pool.max_sequences) == (None, math.inf), "engines of an older release"
+
+    def tell(engine: FakeEngine, max_model_len: int, max_num_seqs: int) -> None:
+        assert engine.geometry is not None
+        engine.geometry["limits"] = {
+            "max_model_len": max_model_len,
+            "max_chars_per_token": None,
+            "max_num_seqs": max_num_seqs,
+        }
+
+    async def come_back() -> None:
+        for is_cut in (True, False):
+            for wire in wires:
+                wire.is_cut = is_cut
+            await pool.check()
+
+    tell(engines[0], 4096, 8)
+    tell(engines[1], 2048, 4)
+    await come_back()
+    assert (await pool.context_length(), pool.max_sequences) == (ContextLength(4096), 8 + 1 + 4 + 1)
+    tell(engines[0], 1024, 16)
+    await come_back()
+    assert (await pool.context_length(), pool.max_sequences) == (ContextLength(2048), 16 + 2 + 4 + 1)
+    wires[1].is_cut = True
+    await pool.check()
+    assert (await pool.context_length(), pool.max_sequences) == (ContextLength(1024), 16 + 2)

@@ -40,10 +40,12 @@ class App:
     def __init__(self) -> None:
         self.disconnected = asyncio.Event()
         self.num_calls = 0
+        self.path = ""
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         self.num_calls += 1
-        path, body = scope["path"], b""
+        self.path = path = scope["path"]
+        body = b""
         while path != "/early":
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -411,3 +413,62 @@ async def test_connections_are_bounded_by_the_files_there_are(monkeypatch: pytes
     assert allowed_connections(1000) == 1000
     assert wishes == [(2256, 4096)]
     assert allowed_connections(5000) == 1920
+
+
+@pytest.mark.parametrize("chunked", [b"Transfer-Encoding: chunked\r\n", b"TRANSFER-ENCODING:chunked\r\n"])
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_request_with_two_lengths_is_refused(app: App, chunked: bytes, is_first: bool) -> None:
+    length = b"Content-Length: 6\r\n"
+    headers = (chunked + length if is_first else length + chunked) + b"\r\n"
+    smuggled = b"0\r\n\r\n" + GET
+    async with serve(app) as server, connect(server, POST + headers + smuggled) as (reader, _):
+        await assert_refused(reader, 400, "invalid_http")
+        assert app.num_calls == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"http://x/events", "/events"),
+        (b"HTTPS://user@else.where:99/events?a=http://b/c", "/events"),
+        (b"http://x", "/"),
+        (b"http://x?a=b", "/"),
+        (b"/http://x/events", "/http://x/events"),
+    ],
+)
+async def test_target_may_be_absolute(app: App, target: bytes, path: str) -> None:
+    sent = b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with serve(app) as server, connect(server, sent) as (reader, _):
+        assert b" 200 " in await reader.readline()
+    assert app.path == path
+
+
+async def test_head_has_no_body_on_the_wire() -> None:
+    head = GET.replace(b"GET", b"HEAD")
+    async with (
+        serve(make_app(Settings(), FakeEngine()), lifespan="on") as server,
+        connect(server, head) as (reader, to),
+    ):
+        first = await reader.readuntil(b"\r\n\r\n")
+        to.write(GET)
+        status, headers, body = await read_answer(reader)
+    assert first.startswith(b"HTTP/1.1 200 ")
+    assert status == 200
+    assert b"content-length: %d\r\n" % len(body) in first
+    assert headers["content-type"].encode() in first
+
+
+@pytest.mark.parametrize(
+    ("rest", "status"),
+    [
+        (b"Content-Length: 3\r\n\r\n", 408),
+        (b"X: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+        (b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    ],
+)
+async def test_refusal_of_head_has_no_body(app: App, rest: bytes, status: int) -> None:
+    async with serve(app) as server, connect(server, GET.replace(b"GET", b"HEAD")[:-2] + rest) as (reader, _):
+        answer = await asyncio.wait_for(reader.read(), PATIENCE)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert body == b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -15,9 +16,15 @@ from gateway import assert_error, bearer, gateway, make_app
 from images import ask, image
 from metric_text import metric, metrics_of
 
+from server.api.plan import Planner
 from server.engine.client import HttpEngineClient
+from server.engine.dispatch import Dispatcher
+from server.engine.pool import EnginePool
 from server.images.fetch import ImageFetcher
+from server.schemas.chat import ChatRequest
 from server.settings import Settings
+from server.telemetry.metrics import Metrics
+from server.telemetry.record import RequestRecord
 
 pytestmark = pytest.mark.anyio
 
@@ -122,8 +129,72 @@ async def test_defect_in_mid_stream_ends_it_with_an_error_event(
     assert metric(text, f'visiondrop_requests_total{{budget_class="none",code="500",route="{CHAT}"}}') == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "place",
+    [
+        (ChatRequest, "parse"),
+        (Planner, "plan"),
+        (ChatRequest, "engine_body"),
+        (Dispatcher, "enter"),
+        (EnginePool, "complete"),
+        (EnginePool, "open_stream"),
+        (RequestRecord, "headers"),
+        (RequestRecord, "usage"),
+        (RequestRecord, "mark_end"),
+        (Metrics, "observe"),
+    ],
+    ids=lambda place: f"{place[0].__name__}.{place[1]}",
+)
+async def test_request_is_logged_once_and_not_in_flight_any_more_whatever_raises(
+    engine: FakeEngine,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    place: tuple[type, str],
+    stream: bool,
+) -> None:
+    caplog.set_level(logging.INFO, "visiondrop.requests")
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("a defect")
+
+    async with gateway(engine) as client:
+        await client.post(CHAT, json=ask(image()))
+        caplog.clear()
+        with monkeypatch.context() as patch, suppress(httpx.HTTPError):
+            patch.setattr(*place, fail)
+            await client.post(CHAT, json=ask(image(), stream=stream))
+        lines = [item for item in caplog.records if item.name == "visiondrop.requests"]
+        assert len(lines) == 1
+        assert metric(await metrics_of(client), "visiondrop_inflight_requests") == 0
+
+
 async def test_unknown_paths_and_methods_get_error_objects(client: httpx.AsyncClient) -> None:
     assert_error(await client.get("/v1/nothing"), 404, None, "/v1/nothing")
     response = await client.get(CHAT)
     assert_error(response, 405, None, "GET")
     assert response.headers["allow"] == "POST"
+
+
+async def test_head_is_answered_wherever_get_is(engine: FakeEngine, keys: Path) -> None:
+    async with gateway(engine, api_keys_file=keys) as client:
+        for path in ("/health", "/ready", "/v1/models", "/v1/models/fake-llava", "/openapi.json", "/metrics/engines"):
+            get, head = [await client.request(way, path, headers=bearer("shop-secret")) for way in ("GET", "HEAD")]
+            assert (head.status_code, head.content) == (200, b"")
+            same = {"content-type", "content-length"}
+            assert {name: head.headers[name] for name in same} == {name: get.headers[name] for name in same}
+        for path, status in (("/v1/models", 401), ("/nothing", 401), ("/health", 200)):
+            assert (await client.head(path)).status_code == status
+        assert (await client.head(CHAT, headers=bearer("shop-secret"))).status_code == 405
+        refused = await client.post("/v1/models", headers=bearer("shop-secret"))
+        assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+
+
+async def test_log_line_steers_no_terminal(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "visiondrop.requests")
+    model = "a\x7f\x85\x9b\u2028\u2029\u202e\u2066\ufeff\n\x1b[2Jb"
+    await client.post(CHAT, json=ask(model=model))
+    (line,) = caplog.messages
+    assert line.isprintable()
+    assert line.isascii()
+    assert json.loads(line)["model"] == model

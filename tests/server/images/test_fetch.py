@@ -16,6 +16,7 @@ import httpcore
 import pytest
 import trustme
 from bad_urls import BAD_URLS, DNS, UNAVAILABLE, BadUrl
+from departures import sockets_left_by
 from origin import Origin, deaf_port, redirect, reply
 
 from server.errors import GatewayError, ImageUnavailableError, OverloadedError, PayloadTooLargeError
@@ -418,6 +419,13 @@ async def _drip(writer: asyncio.StreamWriter, start: bytes, drop: bytes) -> None
     while True:
         await asyncio.sleep(0.02)
         writer.write(drop)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_client_that_leaves_at_any_point_leaves_no_socket(scheme: str) -> None:
+    async with Origin(is_mute=True) as origin, fetching() as fetch:
+        url = f"{scheme}://pictures.example:{origin.port}/a.png"
+        assert await sockets_left_by(lambda: fetch(url)) == 0
 
 
 @asynccontextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from server.launcher.log import activity, last_error, last_words
+from server.launcher.log import _CORE_LOST, activity, last_error, last_words
 from server.launcher.progress import Progress
 
 
@@ -74,3 +75,11 @@ def test_progress_is_one_line_on_a_terminal_and_news_elsewhere() -> None:
     assert terminal.getvalue().count("\r\x1b[K") == 4
     assert "\n" not in terminal.getvalue()
     assert file.getvalue() == "starting: 0 s, a\nstarting: 0 s, b\n"
+
+
+@pytest.mark.parametrize("words", [line for line in _CORE_LOST if " " in line])
+def test_words_are_vllms_own(words: str) -> None:
+    vllm = find_spec("vllm")
+    if vllm is None or vllm.origin is None:
+        pytest.skip("vLLM is not installed")
+    assert words in Path(vllm.origin).with_name("v1").joinpath("engine", "core_client.py").read_text()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -14,6 +16,9 @@ import httpx
 import pytest
 from gateway_process import Start, gateways, is_alive, wait_for
 from images import ask, image
+
+from server.launcher import serve
+from server.launcher.process import _describe_status
 
 
 @pytest.fixture
@@ -39,11 +44,12 @@ def test_serves_and_stops_cleanly(start: Start) -> None:
     assert not [pid for pid in members if is_alive(pid)]
     assert not list(gateway.temp.iterdir()), "the private folder should be gone"
     assert "Traceback" not in gateway.said
+    assert f"visiondrop: open to everybody who can reach {url}\n" in gateway.said
     line = json.loads((gateway.said_path.parent / "stdout").read_text())
     assert line["visual_tokens"] == usage["visual_tokens"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_can_be_stopped_while_the_engine_loads(start: Start, number: signal.Signals) -> None:
     gateway = start("loading")
     gateway.grandchild()
@@ -66,6 +72,24 @@ def test_second_signal_kills_at_once(start: Start) -> None:
     assert gateway.process.wait(timeout=10) == 130
     assert time.monotonic() - began < 2
     wait_for(lambda: not [pid for pid in members if is_alive(pid)])
+
+
+def test_engine_that_ignores_the_signal_is_killed_after_a_while(start: Start) -> None:
+    gateway = start("stubborn")
+    wait_for(lambda: "loading the model" in gateway.said, gateway)
+    members = gateway.members()
+    assert len(members) == 3
+    gateway.process.send_signal(signal.SIGTERM)
+    assert gateway.process.wait(timeout=20) == 0, gateway.said
+    wait_for(lambda: not [pid for pid in members if is_alive(pid)])
+
+
+def test_engine_that_takes_too_long_is_stopped_and_its_log_is_named(start: Start) -> None:
+    gateway = start("loading", "--engine-start-timeout", "0.5")
+    assert gateway.process.wait(timeout=20) == 1
+    last = gateway.said.splitlines()[-1]
+    assert "not ready after 0.5 s" in last
+    assert Path(last.rpartition("Its log: ")[2]).is_file()
 
 
 @pytest.mark.parametrize("mode", ["serve", "loading"])
@@ -129,8 +153,9 @@ def test_taken_metrics_port_is_told_before_the_engine_is_started(start: Start) -
 
 
 def test_metrics_have_a_port_of_their_own(start: Start) -> None:
-    gateway = start("serve", "--metrics-port", "0")
+    gateway = start("serve", "--metrics-port", "0", api_key="a-secret")
     gateway.wait_url()
+    assert "visiondrop: open to holders of 1 API key\n" in gateway.said
     found = re.search(r"metrics at (http://\S+)/metrics", gateway.said)
     assert found
     assert "visiondrop_" in httpx.get(f"{found.group(1)}/metrics").text
@@ -138,3 +163,25 @@ def test_metrics_have_a_port_of_their_own(start: Start) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
     gateway.process.send_signal(signal.SIGTERM)
     assert gateway.process.wait(timeout=10) == 0
+
+
+def test_hangup_that_is_ignored_stays_ignored() -> None:
+    """As `nohup` starts a program."""
+
+    async def hang_up() -> bool:
+        stop = serve._stop_on_signals(lambda: None)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.05)
+        return stop.is_set()
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert not asyncio.run(hang_up())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_status_of_an_engine_that_ended_by_itself_is_no_success() -> None:
+    assert _describe_status(0, False) == "without an error"
+    assert _describe_status(137, False) == _describe_status(-9, True) == "killed by SIGKILL"
+    assert _describe_status(1, True) == _describe_status(0, True) == "its process EngineCore ended unexpectedly"

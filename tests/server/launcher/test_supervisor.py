@@ -59,6 +59,15 @@ def test_killed_engine_ends_its_streams_with_an_error_and_comes_back(start: Star
     assert_stops_cleanly(gateway)
 
 
+def test_engine_whose_core_is_killed_is_explained(start: Start) -> None:
+    gateway = start("loses_its_core")
+    gateway.wait_url()
+    os.kill(gateway.grandchild(), signal.SIGKILL)
+    gateway.wait_said("the engine stopped (its process EngineCore ended unexpectedly). Its log: ")
+    gateway.wait_said("engine ready again after")
+    assert_stops_cleanly(gateway)
+
+
 def test_killed_guard_takes_the_engine_along_and_both_come_back(start: Start) -> None:
     gateway = start("serve")
     url = gateway.wait_url()

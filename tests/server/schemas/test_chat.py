@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from images import ask, image
 
 from server.errors import InvalidRequestError
-from server.schemas.chat import ChatRequest
+from server.schemas.chat import NO_EFFECT_IN_PARTS, ChatRequest
+from server.schemas.generation import NO_EFFECT_FIELDS
 
 
 def parse(body: dict[str, Any]) -> ChatRequest:
@@ -52,6 +54,63 @@ def test_values_are_left_as_they_were_sent() -> None:
     assert json.dumps({name: request.sent[name] for name in FIELDS}) == json.dumps(FIELDS)
 
 
+NO_EFFECT = {
+    "metadata": {"run": "7"},
+    "modalities": ["text"],
+    "prediction": {"type": "content", "content": "A red square."},
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"mode": "explicit", "ttl": "30m"},
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "s",
+    "service_tier": "auto",
+    "store": False,
+    "user": "eve",
+    "verbosity": "low",
+}
+
+
+@pytest.mark.parametrize("name", sorted(NO_EFFECT_FIELDS))
+def test_what_has_no_effect_is_accepted_and_kept_from_the_engine(name: str) -> None:
+    body = text(seed=1)
+    assert parse({**body, name: NO_EFFECT[name]}).engine_body() == parse(body).engine_body()
+
+
+PART_NO_EFFECT = {
+    "cache_control": {"type": "ephemeral"},
+    "format": "image/png",
+    "mime_type": "image/png",
+    "name": "square.png",
+    "prompt_cache_breakpoint": {"mode": "explicit"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(NO_EFFECT_IN_PARTS))
+def test_what_has_no_effect_in_a_part_is_accepted_and_kept_from_the_engine(name: str) -> None:
+    more = {name: PART_NO_EFFECT[name]}
+    words = {"type": "text", "text": "a"}
+    plain = parse(text([image_part(), words, image_part()]))
+    marked = parse(text([image_part(**more), {**words, **more}, {**image_part(), **more}]))
+    urls = [image(), image(color="blue")]
+    assert marked.images() == plain.images()
+    assert marked.engine_body(urls, [160, 160]) == plain.engine_body(urls, [160, 160])
+
+
+def test_the_documentation_lists_what_has_no_effect() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
+    section = page.partition("### Accepted without effect")[2].partition("\n## ")[0]
+    assert [name for name in sorted(NO_EFFECT_FIELDS | NO_EFFECT_IN_PARTS) if f"`{name}`" not in section] == []
+
+
+def test_an_image_may_be_its_url_alone() -> None:
+    request = parse(text([{"type": "image_url", "image_url": image()}, image_part()]))
+    alone, object_ = request.images()
+    assert alone.url == object_.url
+    assert alone.url_path == "messages[0].content[0].image_url"
+    assert object_.url_path == "messages[0].content[1].image_url.url"
+    sent = json.loads(request.engine_body(["data:a", "data:b"], [160, 160]))["messages"][0]["content"]
+    assert [part["image_url"] for part in sent] == [{"url": "data:a"}, {"url": "data:b"}]
+
+
 def test_null_asks_for_nothing() -> None:
     nulls = {"use_beam_search": None, "tool_choice": None, "cache_salt": None, "min_pixels": None, "stop": None}
     assert set(parse(text(**nulls)).sent) == {"messages"}
@@ -65,9 +124,25 @@ def test_null_asks_for_nothing() -> None:
         ("detail", "low", "'visual_token_budget'"),
         ("temprature", 1, "did you mean 'temperature'"),
         ("visual_tokens_budget", 64, "did you mean 'visual_token_budget'"),
-        ("metadata", {"a": "b"}, "unknown field 'metadata'"),
-        ("store", False, "unknown field 'store'"),
-        ("guided_json", {}, "unknown field 'guided_json'"),
+        ("store", True, "keeps no answers"),
+        ("functions", [], "use 'tools'"),
+        ("function_call", "auto", "use 'tool_choice'"),
+        ("guided_json", {}, "use 'structured_outputs.json'"),
+        ("guided_regex", "a", "use 'structured_outputs.regex'"),
+        ("guided_choice", ["a"], "use 'structured_outputs.choice'"),
+        ("guided_grammar", "a", "use 'structured_outputs.grammar'"),
+        ("guided_decoding_backend", "a", "use 'structured_outputs'"),
+        ("max_output_tokens", 3, "use 'max_completion_tokens'"),
+        ("max_new_tokens", 3, "use 'max_completion_tokens'"),
+        ("input", "a", "use 'messages'"),
+        ("prompt", "a", "use 'messages'"),
+        ("instructions", "a", "use 'messages'"),
+        ("reasoning", {"effort": "low"}, "use 'reasoning_effort'"),
+        ("text", {}, "use 'response_format'"),
+        ("stop_sequences", ["a"], "use 'stop'"),
+        ("audio", {"voice": "alloy", "format": "wav"}, "unknown field 'audio'"),
+        ("web_search_options", {}, "unknown field 'web_search_options'"),
+        ("moderation", {"model": "m"}, "unknown field 'moderation'"),
         ("chat_template", "a", "cannot be set"),
         ("mm_processor_kwargs", {}, "cannot be set"),
         ("routed_experts_prompt_start", 1, "cannot be set"),
@@ -137,6 +212,11 @@ def test_a_image_has_a_budget_and_a_detail_of_its_own(detail: str | None) -> Non
         ({"seed": 2**63}, "seed"),
         ({"bad_words": [""]}, "bad_words[0]"),
         ({"repetition_penalty": 1e300}, "repetition_penalty"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"modalities": ["audio"]}, "modalities[0]"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"verbosity": "chatty"}, "verbosity"),
     ],
 )
 def test_values_out_of_range_are_refused_with_their_path(field: dict[str, Any], param: str) -> None:
@@ -194,3 +274,15 @@ def test_the_message_of_an_answer_can_be_sent_back() -> None:
     messages = [{"role": "user", "content": "x"}, said, called, result]
     request = parse({"messages": messages})
     assert [message.model_dump(exclude_unset=True) for message in request.messages] == messages
+
+
+@pytest.mark.parametrize("role", ["user", "system", "developer", "tool", "assistant"])
+@pytest.mark.parametrize("message", [{"content": None}, {}])
+def test_only_an_assistants_message_may_be_without_content(role: str, message: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}, {"role": role, **message}]}
+    if role == "assistant":
+        parse(body)
+        return
+    error = refusal(body)
+    assert error.param == "messages[1].content"
+    assert error.message.startswith("content must be a string or a list of content parts")

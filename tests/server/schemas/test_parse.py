@@ -58,13 +58,18 @@ def test_names_of_megabytes_cost_no_more_than_their_reading() -> None:
     [
         (ChatRequest.parse, '{"messages": [...]}', "0", "messages[0]"),
         (ChatRequest.parse, '{"messages": [{"role": "user", "content": [...]}]}', "0", "messages[0].content[0]"),
-        (ChatRequest.parse, '{"messages": [{"role": "a", "tool_calls": [...]}]}', "0", "messages[0].tool_calls[0]"),
-        (ChatRequest.parse, '{"messages": [{"role": "user"}], "documents": [...]}', "0", "documents[0]"),
+        (
+            ChatRequest.parse,
+            '{"messages": [{"role": "assistant", "tool_calls": [...]}]}',
+            "0",
+            "messages[0].tool_calls[0]",
+        ),
+        (ChatRequest.parse, '{"messages": [{"role": "assistant"}], "documents": [...]}', "0", "documents[0]"),
         (ResponsesRequest.parse, '{"input": [...]}', "0", "input[0]"),
         (ResponsesRequest.parse, '{"input": [{"role": "user", "content": [...]}]}', "0", "input[0].content[0]"),
         (CompletionRequest.parse, '{"prompt": [...]}', "-1", "prompt[0]"),
         (TokenizeRequest.parse, '{"messages": [...]}', "0", "messages[0]"),
-        (TokenizeRequest.parse, '{"messages": [{"role": "user"}], "tools": [...]}', "0", "tools[0]"),
+        (TokenizeRequest.parse, '{"messages": [{"role": "assistant"}], "tools": [...]}', "0", "tools[0]"),
         (DetokenizeRequest.parse, '{"tokens": [...]}', "-1", "tokens[0]"),
     ],
 )

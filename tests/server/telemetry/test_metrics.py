@@ -111,7 +111,7 @@ async def test_load_is_reported_beside_its_limits(engine: FakeEngine) -> None:
         text = await metrics_of(client)
         tokens = metric(text, "visiondrop_inflight_tokens")
         assert 320 <= tokens <= 600
-        assert metric(text, 'visiondrop_engine_inflight_tokens{engine="0"}') == tokens
+        await until_metric(client, 'visiondrop_engine_inflight_tokens{engine="0"}', tokens)
         assert metric(text, "visiondrop_inflight_tokens_limit") == 600
         assert metric(text, "visiondrop_queue_limit") == 7
         sent = len(httpx.Request("POST", "http://gateway", json=ask_medium).content)
