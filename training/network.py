@@ -257,6 +257,17 @@ class Batch(NamedTuple):
     """(N,) int64, places in the flattened tokens where a name ends."""
 
 
+class Output(NamedTuple):
+    """What the network says; float32."""
+
+    logits: Tensor
+    """(M, vocabulary) at `Batch.asked`."""
+    slots: Tensor
+    """(N, slots, numbers) at `Batch.mentions`: logits of how many of what is named each slot holds."""
+    widths: Tensor
+    """(N, widths) there: logits of how wide the only one is."""
+
+
 class Network(nn.Module):
     def __init__(self, config: dict[str, Any], shapes: int, colors: int, characters: int) -> None:
         super().__init__()
@@ -289,8 +300,7 @@ class Network(nn.Module):
         shape = batch.pixels.shape[:2]
         return features.unflatten(0, shape), pooled.unflatten(0, shape)
 
-    def forward(self, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits float32: (M, vocabulary) of what is asked; (N, slots, numbers) and (N, widths) at mentions."""
+    def forward(self, batch: Batch, features: Tensor) -> Output:
         patches = features[:, :, 1:].flatten(1, 2)
         width = patches.shape[-1]
         chosen = patches.gather(1, batch.order.clamp(min=0).unsqueeze(-1).expand(-1, -1, width))
@@ -306,16 +316,14 @@ class Network(nn.Module):
         ahead = torch.arange(prefix, device=x.device).expand(number, -1)
         rotation = self._rotation(torch.cat((ahead, prefix + batch.offsets), dim=1), dtype)
         mask = _mask(batch.units)
-        found = size = torch.zeros(0)
         for number, layer in enumerate(model.layers, 1):
             x = layer(x, rotation, prefix, mask)
             if number == len(model.layers) // 2:
-                mentions = x[:, prefix:].flatten(0, 1).index_select(0, batch.mentions)
-                mentions = self.heads.slots_norm(mentions)
-                found, size = self.heads.slots(mentions).unflatten(-1, (SLOTS, -1)), self.heads.size(mentions)
-        asked = x[:, prefix:].flatten(0, 1).index_select(0, batch.asked)
-        logits: Tensor = self.language_model.lm_head(model.norm(asked))
-        return logits.float(), found.float(), size.float()
+                halfway = x
+        mentions = self.heads.slots_norm(_pick(halfway[:, prefix:], batch.mentions))
+        logits = self.language_model.lm_head(model.norm(_pick(x[:, prefix:], batch.asked)))
+        slots = self.heads.slots(mentions).unflatten(-1, (SLOTS, -1))
+        return Output(logits.float(), slots.float(), self.heads.size(mentions).float())
 
     def checkpoint(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.state_dict().items() if not name.startswith("heads.")}
@@ -358,6 +366,11 @@ def places(side: int, width: int) -> Tensor:
     line = torch.cat((angles.sin(), angles.cos()), dim=1)
     rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
     return torch.cat((rows, columns), dim=-1).flatten(0, 1)
+
+
+def _pick(x: Tensor, places: Tensor) -> Tensor:
+    """(B, L, D), (N,) places in B x L -> (N, D)."""
+    return x.flatten(0, 1).index_select(0, places)
 
 
 def _mask(units: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from training.batches import CHARACTERS, HELD_OUT, SIDE, Batches, Labels, Plan, Raw, make_raw, prepare, tokenizer
-from training.network import Batch, Network
+from training.network import Batch, Network, Output
 from training.optimizer import Optimizer
 from vd_plugin.demo import MODEL_PATH
 from vd_plugin.demo.scenes import COLORS, POSITIONS, SHAPES
@@ -202,18 +202,14 @@ class Run:
         weight = 0.3 if asks else 1.0
         loss = weight * sum(losses.values(), torch.zeros((), device=self.device))
         if asks:
-            logits, found, size = self.network(batch, features)
+            said = self.network(batch, features)
             number = batch.num_answers
-            answer = F.cross_entropy(logits[:number], batch.wanted[:number])
+            answer = F.cross_entropy(said.logits[:number], batch.wanted[:number])
             # What is asked for is there, mostly: questions are captions, too.
-            prompt = F.cross_entropy(logits[number:], batch.wanted[number:])
+            prompt = F.cross_entropy(said.logits[number:], batch.wanted[number:])
+            right = (said.logits.argmax(-1) == batch.wanted)[:number].float().mean()
             words = word_loss(self.network, features, labels, batch)
-            mentions = raw.mentions.flatten(0, 1).to(self.device).index_select(0, batch.mentions).long()
-            held, width = mentions[:, :-1].flatten(), mentions[:, -1]
-            each = F.cross_entropy(found.flatten(0, 1), held, reduction="none")
-            slots = (each * torch.where(held > 0, 1.0, 0.3)).mean()
-            sizes = F.cross_entropy(size, width, ignore_index=-1, reduction="sum") / (width >= 0).sum().clamp(min=1)
-            right = (logits.argmax(-1) == batch.wanted)[:number].float().mean()
+            slots, sizes = mention_losses(said, raw.mentions.to(self.device), batch.mentions)
             losses |= {
                 "words": words,
                 "slots": slots,
@@ -240,7 +236,7 @@ class Run:
                 batch, _ = prepare(part, self.device, self.dtype, 0)
                 features, _ = self.network.see(batch)
                 wrong = torch.zeros_like(batch.tokens)
-                wrong.view(-1)[batch.asked] = (self.network(batch, features)[0].argmax(-1) != batch.wanted).long()
+                wrong.view(-1)[batch.asked] = (self.network(batch, features).logits.argmax(-1) != batch.wanted).long()
                 wrong.view(-1)[batch.asked[batch.num_answers :]] = 0
                 for row, questions in enumerate(part.questions):
                     mistakes = torch.zeros(len(questions), device=self.device, dtype=torch.long)
@@ -313,6 +309,20 @@ def word_loss(network: Network, features: Tensor, labels: Labels, batch: Batch) 
     said = network.multi_modal_projector(features[:, :, 1:]).float()
     shows = labels.foreground.unsqueeze(-1)
     return ((said - wanted) ** 2 * shows).sum() / (wanted**2 * shows).sum().clamp(min=1e-6)
+
+
+def mention_losses(said: Output, mentions: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """How wrong the decoder is halfway up about where things are that a question names, and how wide they are.
+
+    Args:
+        mentions: (B, L, SLOTS + 1) as in `Raw`.
+        places: (N,) those of `mentions` that are some.
+    """
+    wanted = mentions.flatten(0, 1).index_select(0, places).long()
+    slots, widths = wanted[:, :-1].flatten(), wanted[:, -1]
+    each = F.cross_entropy(said.slots.flatten(0, 1), slots, reduction="none")
+    wrong_width = F.cross_entropy(said.widths, widths, ignore_index=-1, reduction="sum")
+    return (each * torch.where(slots > 0, 1.0, 0.3)).mean(), wrong_width / (widths >= 0).sum().clamp(min=1)
 
 
 def tower_losses(

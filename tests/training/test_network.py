@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.batches import HELD_OUT, Plan, make_raw, plan_for, prepare, tokenizer
+from training.batches import CHARACTERS, HELD_OUT, Plan, find_mentions, make_raw, plan_for, prepare, tokenizer
 from training.network import Network
 from training.optimizer import Muon, Optimizer, _orthogonalize
-from training.train import make_network, tower_losses
+from training.train import make_network, mention_losses, tower_losses
 from vd_plugin.demo import MODEL_PATH
-from vd_plugin.demo.scenes import draw, make_scene
+from vd_plugin.demo.scenes import Box, Scene, Thing, draw, make_scene
 from vd_plugin.demo.split import FIRST_SEED
 from vd_plugin.demo.words import TRAINING_WORDS
 
@@ -57,7 +57,7 @@ def test_answers_as_transformers_does(network: Network, served: tuple[Any, Any],
     raw = make_raw(Plan(width, height, True, 1, 1.0, 4), seed, evaluation=True)
     batch, _ = prepare(raw, CPU, torch.float32, 0)
     with torch.no_grad():
-        logits = network(batch, network.see(batch)[0])[0].log_softmax(-1)
+        logits = network(batch, network.see(batch)[0]).logits.log_softmax(-1)
     image = draw(make_scene(seed, width, height, words=TRAINING_WORDS))
     first = 0
     for question in raw.questions[0]:
@@ -81,10 +81,10 @@ def test_questions_do_not_see_each_other(network: Network) -> None:
     batch, _ = prepare(raw, CPU, torch.float32, 0)
     with torch.no_grad():
         features, _ = network.see(batch)
-        before = network(batch, features)[0]
+        before = network(batch, features).logits
         other = batch.tokens.clone()
         other[batch.units == 0] = 7  # another first question
-        after = network(batch._replace(tokens=other), features)[0]
+        after = network(batch._replace(tokens=other), features).logits
     first = batch.units.flatten()[batch.asked] == 0
     torch.testing.assert_close(before[~first], after[~first])
     assert not torch.allclose(before[first], after[first])
@@ -115,6 +115,43 @@ def test_choice_keeps_what_shows_something_and_no_padding() -> None:
     assert all(torch.equal(order.sort().values, flat) for order in some.order)
 
 
+@pytest.mark.parametrize(
+    ("text", "named", "slots", "is_only_one"),
+    [
+        ("Where is the red star?", " star", [1, 0, 0, 0, 0, 0, 0, 0, 0], True),
+        ("Is there a blue star?", " star", [0, 0, 0, 0, 0, 0, 0, 0, 0], False),
+        ("How many red shapes are there?", " red", [1, 0, 0, 0, 0, 2, 0, 0, 0], False),
+        ("How many rings are there?", " rings", [0, 0, 0, 0, 0, 2, 0, 0, 0], False),
+    ],
+)
+def test_mentions_tell_where_what_is_named_stands(text: str, named: str, slots: list[int], is_only_one: bool) -> None:
+    box = Box(0, 0, 40, 40)
+    things = [Thing("star", "red", "medium", 0, 0, box), *[Thing("ring", "red", "small", 1, 2, box)] * 2]
+    scene = Scene(448, 448, 1, tuple(things), ())
+    tokens = tokenizer().encode(f"{text}\nASSISTANT:\n").ids
+    found = list(find_mentions(scene, tokens, [-100] * len(tokens)))
+    assert [(place, numbers) for place, numbers, _ in found] == [
+        (tokens.index(tokenizer().token_to_id(f"Ġ{named[1:]}")), slots)
+    ]
+    assert (found[0][2] >= 0) is is_only_one
+    assert list(find_mentions(scene, tokens, [0] * len(tokens))) == [], "answers tell nothing"
+
+
+def test_characters_know_their_place_in_the_word() -> None:
+    """The labels of a scene's only text spell it, in order."""
+    scenes = {seed: make_scene(seed) for seed in range(400)}
+    seed = next(
+        seed
+        for seed, scene in scenes.items()
+        if [sign.size for sign in scene.signs] == ["large"] and not any(thing.label for thing in scene.things)
+    )
+    _, labels = prepare(make_raw(Plan(448, 448, True, 1, 1.0, 1), seed), CPU, torch.float32, 0)
+    pairs = torch.stack((labels.index, labels.character), dim=-1)[0, 1:].flatten(0, -2).unique(dim=0)
+    indices, characters = pairs[pairs[:, 0] > 0].T.tolist()
+    assert indices == list(range(1, len(indices) + 1))
+    assert "".join(CHARACTERS[character - 1] for character in characters) == scenes[seed].signs[0].text
+
+
 def test_a_step_learns() -> None:
     torch.manual_seed(1)
     network = make_network()
@@ -124,7 +161,7 @@ def test_a_step_learns() -> None:
     for step in range(6):
         batch, labels = prepare(raw, CPU, torch.float32, step)
         features, pooled = network.see(batch)
-        loss = torch.nn.functional.cross_entropy(network(batch, features), batch.wanted)
+        loss = torch.nn.functional.cross_entropy(network(batch, features).logits, batch.wanted)
         (loss + sum(tower_losses(network, features, pooled, labels, batch.chosen).values())).backward()
         optimizer.step(2e-3)
         losses.append(loss.item())
@@ -136,9 +173,12 @@ def test_every_weight_of_the_checkpoint_is_trained() -> None:
     raw = make_raw(Plan(224, 224, True, 2, 1.0, 4), 21)
     batch, labels = prepare(raw, CPU, torch.float32, 1)
     features, pooled = network.see(batch)
-    (
-        network(batch, features).sum() + sum(tower_losses(network, features, pooled, labels, batch.chosen).values())
-    ).backward()
+    said = network(batch, features)
+    losses = [
+        *(said.logits.sum(), *mention_losses(said, raw.mentions, batch.mentions)),
+        *tower_losses(network, features, pooled, labels, batch.chosen).values(),
+    ]
+    torch.stack(losses).sum().backward()
     without = [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert without == []
 
