@@ -2,7 +2,7 @@
 # Creates .venv and keeps it in line with the lock. Does nothing if nothing has changed.
 #
 #   deploy/setup.sh                            CUDA packages if nvidia-smi works, otherwise CPU packages
-#   VISIONDROP_BACKEND=cpu deploy/setup.sh     CPU (or cuda: CUDA) packages on any machine
+#   VISIONDROP_BACKEND=cpu deploy/setup.sh     CPU (or cuda: CUDA) packages on any machine, whatever its driver
 #   PYTHON=python3.12 deploy/setup.sh          this Python instead of the first one found
 #
 # Two stamps inside .venv record what is installed: `.locked` (backend, hash of the lock, folder of the project) and
@@ -28,7 +28,11 @@ backend=${VISIONDROP_BACKEND:-}
 if [[ -z $backend && -f $venv/.locked ]]; then
   read -r backend _ <"$venv/.locked"
 elif [[ -z $backend ]]; then
-  if nvidia-smi -L >/dev/null 2>&1; then backend=cuda; else backend=cpu; fi
+  backend=cpu
+  if nvidia-smi -L >/dev/null 2>&1; then
+    check_driver 580 # the oldest for CUDA 13, which cuda.txt's packages are built for (CUDA's release notes)
+    backend=cuda
+  fi
 fi
 [[ $backend == cpu || $backend == cuda ]] || fail "VISIONDROP_BACKEND is '$backend'; set it to cpu or cuda."
 

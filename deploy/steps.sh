@@ -105,6 +105,16 @@ find_python() {
     "or specify one: make PYTHON=/path/to/python3.11."
 }
 
+# check_driver MAJOR: nvidia-smi lists GPUs whose driver is too old for the pinned PyTorch.
+check_driver() {
+  local version
+  version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1) || true
+  [[ ! $version =~ ^([0-9]+)\. ]] || ((BASH_REMATCH[1] >= $1)) ||
+    fail "the NVIDIA driver is $version, but the CUDA packages need $1 or newer. Update the driver and run make again," \
+      "or select the packages yourself: make VISIONDROP_BACKEND=cpu, or =cuda where CUDA's compatibility libraries are" \
+      "installed."
+}
+
 # check_disk GIB
 check_disk() {
   local free_kib

@@ -13,15 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vd_plugin.key_reader import KeyReader
+from vd_plugin.schedule import TokenSplit
 from vd_plugin.selection import Plan, apply, attention_received, select
 from vd_plugin.spans import ImageSpan
-from vd_plugin.step_layout import ImageRows, RequestRows, StageRows, StepLayout
+from vd_plugin.step_layout import ImageRows, PrunedRequest, RequestRows, StageRows, StepLayout, plan_stages
 from vd_plugin.tensor_parallel import mean_over_ranks
 
 
@@ -60,6 +62,24 @@ class StagedDecoder:
                 hidden, residual = layer(positions, hidden, residual)
         hidden, _ = self.model.norm(hidden, residual)
         return hidden if layout.logits_rows is None else hidden[layout.logits_rows]
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Prune an image of zeros at every stage, so that the first request does not wait while a GPU loads kernels.
+
+        vLLM's own warm-up has no images. Reads the KV cache and writes nothing.
+        """
+        num_stages = len(self.edges) - 2
+        rows = tuple(16 << stage for stage in reversed(range(num_stages + 1)))
+        span = ImageSpan(1, rows, tuple(TokenSplit(kept // 2, kept // 2) for kept in rows[1:]))
+        request = PrunedRequest("warm-up", batch_index=0, slot=0, num_computed=1, spans=(span,))
+        lengths, drops = np.array(rows[:1], dtype=np.int32), np.zeros((num_stages, 1), dtype=np.int32)
+        norm: Tensor = self.entry_layers[0].input_layernorm.weight
+        table = torch.zeros(1, 1, dtype=torch.int32, device=norm.device)
+        layout = StepLayout([], plan_stages(lengths, [request], drops, num_stages), block_tables=[table] * num_stages)
+        stream = norm.new_zeros(rows[0], len(norm))
+        for stage in range(1, num_stages + 1):
+            stream = self._prune(stage, stream, layout)
 
     def _prune(self, stage: int, stream: Tensor, layout: StepLayout) -> Tensor:
         """Rows of stage - 1 -> rows of `stage`: images replaced by what they keep, everything else as it is."""

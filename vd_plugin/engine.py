@@ -13,6 +13,7 @@ from argparse import Namespace
 from ipaddress import ip_address
 from typing import NoReturn
 
+from vd_plugin.flashinfer import find_ninja
 from vd_plugin.options import engine_args
 from vd_plugin.tool_parsers import choose_parser
 from vd_plugin.validation import check_server
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _serve(model: str, options: list[str]) -> None:
     _name_plugins()
+    find_ninja()
     engine_args(model)  # an unknown model must not cost the ten seconds that vLLM takes to import
 
     import uvloop

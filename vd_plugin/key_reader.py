@@ -18,19 +18,30 @@ _BASE = 128
 
 
 class KeyReader:
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, block_size: int) -> None:
         """Learn the arrangement of a layer's KV cache.
 
         Args:
             attention: a vLLM `Attention` layer, bound to its cache.
+            block_size: rows of a block as block tables count them.
 
         Raises:
-            NotImplementedError: the backend changes keys when it stores them.
+            NotImplementedError: the backend changes keys when it stores them, or divides blocks into smaller ones.
         """
+        if attention.kv_cache_dtype != "auto":
+            # vLLM lets a checkpoint choose it while the layers are built, after our check of the settings.
+            raise NotImplementedError(
+                f"VisionDrop does not support a KV cache of {attention.kv_cache_dtype}, which this checkpoint asks "
+                "for: serve one without a KV-cache scheme, or set visiondrop.layers to []"
+            )
         cache: Tensor = attention.kv_cache
         heads, width = attention.num_kv_heads, attention.head_size
         self.block_shape = (cache.numel() // cache.shape[0] // (2 * heads * width), heads, width)
-        block_size = self.block_shape[0]
+        if self.block_shape[0] != block_size:
+            raise NotImplementedError(
+                f"VisionDrop does not support KV blocks of {block_size} tokens with {type(attention.impl).__name__}, "
+                f"which divides them: set block_size to {self.block_shape[0]}"
+            )
         count = block_size * heads * width
         # The block's place in the scratch cache must be a real one: some kernels take block 0 for none.
         scratch = torch.zeros(2, *cache.shape[1:], dtype=cache.dtype, device=cache.device)

@@ -70,11 +70,11 @@ class _StagedPruning:
     def bind_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
         """Called when KV memory is in place (twice: the first time for profiling, and nothing of that is kept)."""
         entries = [layer.self_attn.attn for layer in self.decoder.entry_layers]
+        groups = kv_cache_config.kv_cache_groups
         self.entry_groups = [
-            next(i for i, group in enumerate(kv_cache_config.kv_cache_groups) if entry.layer_name in group.layer_names)
-            for entry in entries
+            next(i for i, group in enumerate(groups) if entry.layer_name in group.layer_names) for entry in entries
         ]
-        self.decoder.key_reader = KeyReader(entries[0])
+        self.decoder.key_reader = KeyReader(entries[0], groups[self.entry_groups[0]].kv_cache_spec.block_size)
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import NewRequestData
@@ -113,7 +114,11 @@ class StagedModelState(DefaultModelState):
             groups[spec.stage].append(group_id)
         self.stage_groups = groups
         self.model.bind_kv_cache(kv_cache_config)
+        if self.vllm_config.cache_config.num_gpu_blocks is None:
+            return  # a small cache, thrown away once vLLM has measured what CUDA graphs take
         self._log_capacity(kv_cache_config)
+        if current_platform.is_cuda():
+            self.model.decoder.warm_up()
 
     def prepare_attn(
         self,

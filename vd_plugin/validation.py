@@ -122,6 +122,7 @@ def prepare_staged_engine(vllm_config: VllmConfig) -> None:
         NotImplementedError: a flag has another value; names the setting to change.
     """
     from vllm.config.compilation import CompilationMode, CUDAGraphMode
+    from vllm.config.vllm import OptimizationLevel
 
     geometry = read_geometry(vllm_config.model_config.hf_config)
     if not geometry.boundaries:
@@ -131,7 +132,8 @@ def prepare_staged_engine(vllm_config: VllmConfig) -> None:
     if compilation.mode is None:
         compilation.mode = CompilationMode.NONE
     if compilation.cudagraph_mode is None:
-        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        without = vllm_config.optimization_level == OptimizationLevel.O0
+        compilation.cudagraph_mode = CUDAGraphMode.NONE if without else CUDAGraphMode.FULL_DECODE_ONLY
     for reason in _unsupported_in_stages(vllm_config):
         raise NotImplementedError(f"VisionDrop does not support {reason}, or visiondrop.layers to []")
     scheduler.scheduler_cls = SCHEDULER

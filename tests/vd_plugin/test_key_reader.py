@@ -45,6 +45,7 @@ def backend(heads: int, width: int, dtype: torch.dtype, block_size: int) -> Any:
     return SimpleNamespace(
         impl=impl,
         isa=_get_attn_isa(dtype, block_size, width),
+        kv_cache_dtype="auto",
         num_kv_heads=heads,
         head_size=width,
         _k_scale_float=1.0,
@@ -65,7 +66,7 @@ def write(layer: Any, keys: Tensor, table: list[int], block_size: int) -> None:
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 def test_keys_are_read_as_they_were_written(dtype: torch.dtype, width: int, heads: int, block_size: int) -> None:
     layer = backend(heads, width, dtype, block_size)
-    reader = KeyReader(layer)
+    reader = KeyReader(layer, block_size)
     assert reader.block_shape == (block_size, heads, width)
     assert not layer.kv_cache.any(), "the cache itself is not written to learn its order"
     table = [5, 2, 6]
@@ -76,9 +77,11 @@ def test_keys_are_read_as_they_were_written(dtype: torch.dtype, width: int, head
         assert torch.equal(reader.read(layer.kv_cache, padded, count), keys[:count])
 
 
-def shuffled(spoil: float = 0) -> Any:
+def shuffled(spoil: float = 0, kv_cache_dtype: str = "auto") -> Any:
+    """A layer whose blocks hold 4 tokens."""
+    cache = torch.zeros(NUM_BLOCKS, 4, 2, 2, 8)
     return SimpleNamespace(
-        impl=Shuffled(spoil), num_kv_heads=2, head_size=8, kv_cache=torch.zeros(NUM_BLOCKS, 4, 2, 2, 8)
+        impl=Shuffled(spoil), kv_cache_dtype=kv_cache_dtype, num_kv_heads=2, head_size=8, kv_cache=cache
     )
 
 
@@ -86,10 +89,21 @@ def test_an_unknown_order_is_learnt() -> None:
     layer = shuffled()
     keys = torch.randn(8, 2, 8)
     write(layer, keys, [3, 1], 4)
-    reader = KeyReader(layer)
+    reader = KeyReader(layer, 4)
     assert torch.equal(reader.read(layer.kv_cache, torch.tensor([3, 1]), 7), keys[:7])
 
 
 def test_a_back_end_that_changes_keys_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="kv_cache_dtype"):
-        KeyReader(shuffled(spoil=0.5))
+        KeyReader(shuffled(spoil=0.5), 4)
+
+
+def test_blocks_that_the_back_end_divides_are_refused() -> None:
+    """Block tables would name other blocks than the cache has: FlashInfer with `block_size` 128 has blocks of 64."""
+    with pytest.raises(NotImplementedError, match=r"KV blocks of 8 tokens with Shuffled, .* set block_size to 4"):
+        KeyReader(shuffled(), 8)
+
+
+def test_a_cache_that_the_checkpoint_quantises_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="a KV cache of fp8, which this checkpoint asks for"):
+        KeyReader(shuffled(kv_cache_dtype="fp8"), 4)

@@ -17,6 +17,7 @@ import pytest
 from engines import FAST
 from vllm import envs
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.config.vllm import OptimizationLevel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.cache import engine_receiver_cache_from_config, processor_cache_from_config
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
@@ -173,6 +174,25 @@ def test_a_setting_is_refused_with_decoder_stages_alone(
         prepare_staged_engine(staged)
     staged.model_config.hf_config.visiondrop = {"layers": []}
     prepare_staged_engine(staged)
+
+
+@pytest.mark.parametrize(
+    ("level", "graphs"), [(0, CUDAGraphMode.NONE), *((level, CUDAGraphMode.FULL_DECODE_ONLY) for level in (1, 2, 3))]
+)
+def test_decode_steps_are_captured_except_at_the_lowest_level(staged: Any, level: int, graphs: CUDAGraphMode) -> None:
+    """-O0 is vLLM's way to say "no CUDA graphs", and vLLM applies its levels after it has asked us."""
+    staged.optimization_level = OptimizationLevel(level)
+    staged.compilation_config.cudagraph_mode = None
+    prepare_staged_engine(staged)
+    assert staged.compilation_config.cudagraph_mode == graphs
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY])
+def test_a_mode_of_graphs_that_is_set_stays(staged: Any, mode: CUDAGraphMode) -> None:
+    staged.optimization_level = OptimizationLevel.O0
+    staged.compilation_config.cudagraph_mode = mode
+    prepare_staged_engine(staged)
+    assert staged.compilation_config.cudagraph_mode == mode
 
 
 def test_the_usual_settings_are_accepted_with_decoder_stages(staged: Any) -> None:

@@ -128,6 +128,7 @@ FIELDS = {
         "kv_transfer_config",
         "lora_config",
         "model_config",
+        "optimization_level",
         "parallel_config",
         "scheduler_config",
         "speculative_config",
@@ -144,7 +145,7 @@ FIELDS = {
     "vllm.config.multimodal:MultiModalConfig": ["enable_mm_embeds", "mm_hasher_algorithm", "mm_processor_cache_type"],
     "vllm.config:SchedulerConfig": ["max_num_encoder_input_tokens", "max_num_seqs"],
     f"{PROCESSING}:ProcessorInputs": ["hf_processor_mm_kwargs", "mm_data_items", "mm_uuid_items", "prompt"],
-    "vllm.config:CacheConfig": ["kv_offloading_size"],
+    "vllm.config:CacheConfig": ["cache_dtype", "kv_offloading_size", "num_gpu_blocks"],
 }
 """Dataclass -> the fields that we read, or replace."""
 
@@ -252,6 +253,17 @@ def test_signals_are_taken_and_the_server_is_known_when_the_app_starts() -> None
     taken = source.index("loop.add_signal_handler(signal.SIGTERM")
     assert known < begins < taken
     assert "await" not in source[begins:taken], "the server's task does not run before that"
+
+
+def test_the_number_of_blocks_is_known_when_the_real_cache_is_laid_out_and_not_before() -> None:
+    """model_state.py tells by it the cache that vLLM throws away once it has measured CUDA graphs."""
+    real = inspect.getsource(_find("vllm.v1.worker.gpu_worker:Worker.initialize_from_config"))
+    assert real.index("cache_config.num_gpu_blocks = ") < real.index("model_runner.initialize_kv_cache(")
+    module = "vllm.v1.worker.gpu.cudagraph_utils"
+    thrown_away = inspect.getsource(_find(f"{module}:_init_minimal_kv_cache_for_profiling"))
+    assert thrown_away.index("runner.initialize_kv_cache(") < thrown_away.index("cache_config.num_gpu_blocks = ")
+    assert "cache_config.num_gpu_blocks = None" in inspect.getsource(_find(f"{module}:_teardown_profiling_state"))
+    assert "initialize_from_config" not in vars(_find("vllm.v1.worker.cpu_worker:CPUWorker"))
 
 
 @pytest.mark.engine
