@@ -86,8 +86,8 @@ def plan_for(step: int, progress: float, scale: float = 1.0) -> Plan:
     base_only = max(0.06, 1 - max(0.0, progress - 0.48) / 0.06) if progress < 0.84 else 0.0
     if rng.random() < base_only:
         return Plan(224, 224, False, max(1, round(16 * scale)), rng.choice((0.35, 0.5)), 16, small=False)
-    whole = rng.random() < (0.0 if progress < 0.66 else 0.06 if progress < 0.84 else 0.6)
-    keep = 1.0 if whole else rng.choice((0.2, 0.3, 0.45))
+    whole = rng.random() < (0.0 if progress < 0.66 else 0.2 if progress < 0.84 else 0.6)
+    keep = 1.0 if whole else rng.choice((0.2, 0.3, 0.45) if progress < 0.66 else (0.2, 0.3, 0.45, 0.65))
     return Plan(width, height, True, max(1, round((6 if whole else 10) * scale)), keep, 16)
 
 
