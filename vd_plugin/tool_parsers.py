@@ -43,12 +43,14 @@ def choose_parser(args: Namespace) -> None:
     """Set the options of vLLM's server that tools need, if they are not set and a parser fits for certain.
 
     Raises:
-        OSError: the tokenizer or the template cannot be read.
-        ValueError: likewise; or tools are asked for, and no parser is known to fit.
+        ValueError: the tokenizer or the template cannot be read; or tools are asked for, and no parser is known to fit.
     """
     if args.tool_call_parser is not None or args.skip_tokenizer_init:
         return
-    args.tool_call_parser = _find_parser(args)
+    try:
+        args.tool_call_parser = _find_parser(args)
+    except OSError as error:
+        raise ValueError(f"the tokenizer or the chat template cannot be read: {error}") from None
     if args.tool_call_parser is not None:
         logger.info("Tool calls are read by the parser %r, which fits the chat template", args.tool_call_parser)
         args.enable_auto_tool_choice = True

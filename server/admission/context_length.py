@@ -7,9 +7,14 @@ characters than the longest of the vocabulary has. What only might be too long g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from server.errors import InvalidRequestError
 from server.schemas.generation import GenerationRequest
+
+LONGEST_TRUNCATED_TOKENS: Final = 262_144
+"""About what a text may have that the engine is to shorten. It tokenizes all of it first, a megabyte in about a second,
+and every other prompt waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class ContextLength:
         """
         self._check_answer(body)
         if body.is_truncated:
+            self._check_truncated(body)
             return
         for prompt in body.certain_prompts():
             if isinstance(prompt, list):
@@ -52,6 +58,16 @@ class ContextLength:
                 f"{name}={body.answer_tokens} cannot be greater than max_model_len={self.max_model_len}. "
                 "Please request fewer output tokens.",
                 name,
+            )
+
+    def _check_truncated(self, body: GenerationRequest) -> None:
+        longest = max(LONGEST_TRUNCATED_TOKENS, self.max_model_len)
+        num_tokens = body.text_tokens()
+        if num_tokens > longest:
+            raise _too_long(
+                f"a prompt of about {num_tokens} tokens is too long to be truncated; at most {longest} are, and "
+                f"{self.max_model_len} fit into the model's context",
+                body.text_fields[0],
             )
 
     def _check_text(self, num_chars: int, body: GenerationRequest) -> None:

@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, Protocol
 
 import anyio
@@ -46,8 +47,10 @@ WAITED_REASONS: Final = frozenset({"parallel_requests", "queue_share", "queue_ti
 
 _ABOUT_SECONDS: Final = 60.0
 """After its last request a party counts as being about for so long."""
-_MAX_PASSED: Final = 32
+_MAX_PASSED: Final = 64
 """Waiting requests that are looked past for one that fits."""
+_MAX_PASSED_OF_PARTY: Final = 8
+"""Of these, so many of a party: nobody stops the line with many large ones."""
 _MAX_PARTIES: Final = 4096
 """Beyond it, what those had who are gone is forgotten."""
 _RATE_MEMORY_SECONDS: Final = 30.0
@@ -239,9 +242,9 @@ class Admission:
         return None
 
     def _in_order(self) -> Iterator[_Waiter]:
-        """All that wait and are within their party's limits."""
+        """Who waits and is within its party's limits; of each party, the first few."""
         for flow in sorted((flow for flow in self._flows.values() if flow.waiting), key=lambda flow: flow.start):
-            for waiter in flow.waiting:
+            for waiter in islice(flow.waiting, _MAX_PASSED_OF_PARTY):
                 if flow.is_at_limit or not self._is_within_share(flow, waiter.load):
                     break
                 yield waiter

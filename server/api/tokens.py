@@ -21,11 +21,14 @@ from server.budget import header_budget
 from server.context import Context, RequestContext
 from server.engine.client import EngineCall
 from server.engine.pool import EnginePool
+from server.errors import PayloadTooLargeError
 from server.http.disconnect import until_disconnect
 from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from server.settings import Settings
 
 _BYTES_PER_TOKEN: Final = 4
+LONGEST_BYTES: Final = 1 << 20
+"""Of a request: more would hold up the tokenizer for seconds, and no context takes as much."""
 
 
 class _Tokenizer:
@@ -58,6 +61,11 @@ def token_routes(settings: Settings, intake: Intake, engines: EnginePool) -> API
         record = context.record
         record.model = body.model
         call = EngineCall(record.route, body.engine_body(), record.request_id, record.trace_headers)
+        if len(call.body) > LONGEST_BYTES:
+            raise PayloadTooLargeError(
+                f"a request to {record.route} has at most {LONGEST_BYTES} bytes; got {len(call.body)}",
+                code="request_too_large",
+            )
         load = Load(len(call.body) // _BYTES_PER_TOKEN + 1)
 
         async def answer() -> dict[str, Any]:

@@ -281,13 +281,17 @@ def read_object(data: bytes) -> dict[str, Any]:
 def _read_json(data: bytes) -> Any:
     """None if it is no JSON. NaN is none, although Python reads it: a client could not."""
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return _DECODER.decode(data.decode())
     except (ValueError, RecursionError):
         return None
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
+"""Made once: `json.loads` would make one for every event of a stream."""
 
 
 def _unreadable() -> EngineFailedError:

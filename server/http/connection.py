@@ -319,6 +319,10 @@ class _StrictConnection(h11.Connection):
 
     _is_head = False
 
+    def start_next_cycle(self) -> None:
+        super().start_next_cycle()
+        self._is_head = False
+
     def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:  # what `send` is made of
         return [] if self._is_head and isinstance(event, h11.Data) else super().send_with_data_passthrough(event)
 

@@ -82,7 +82,7 @@ class RecordingMiddleware:
             record.mark_failure(error)
             if record.sent_status is None:
                 await error_response(error)(scope, receive, send_with_id)
-            elif record.stream and not is_over:
+            elif context.sends_events and not is_over:
                 await send_with_id({"type": "http.response.body", "body": error_event(error), "more_body": False})
         finally:
             if context.refusal is not None:

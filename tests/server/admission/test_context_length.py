@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from server.admission.context_length import ContextLength
+from server.admission.context_length import LONGEST_TRUNCATED_TOKENS, ContextLength
 from server.admission.load import TYPICAL_ANSWER_TOKENS, Load, load_of
 from server.errors import InvalidRequestError
 from server.schemas.chat import ChatRequest
@@ -136,3 +137,23 @@ def test_load_counts_every_answer_and_nothing_beyond_the_context(
     body: GenerationRequest, visual_tokens: int, load: Load
 ) -> None:
     assert load_of(body, visual_tokens, 2000) == load
+
+
+@pytest.mark.parametrize(
+    ("make", "param"),
+    [
+        (lambda text: chat(text, truncate_prompt_tokens=50), "messages"),
+        (lambda text: chat(text, role="system", truncate_prompt_tokens=50), "messages"),
+        (lambda text: completion(text, truncate_prompt_tokens=-1), "prompt"),
+        (lambda text: response(text, truncation="auto"), "input"),
+    ],
+)
+def test_a_text_to_be_truncated_must_not_hold_up_the_tokenizer(
+    make: Callable[[str], GenerationRequest], param: str
+) -> None:
+    longest = "x" * (4 * LONGEST_TRUNCATED_TOKENS)
+    CONTEXT.check(make(longest[:-64]))
+    error = refusal(make(longest + "x" * 64))
+    assert error.param == param
+    assert "is too long to be truncated" in error.message
+    ContextLength(2 * LONGEST_TRUNCATED_TOKENS, 4).check(make(longest + "x" * 64))

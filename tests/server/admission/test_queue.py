@@ -591,6 +591,16 @@ def test_retry_after_is_the_queue_over_the_rate_at_which_work_is_done() -> None:
     in_hall(laws, max_queued=15)
 
 
+def test_many_large_requests_of_a_party_do_not_stop_the_others() -> None:
+    async def laws(hall: Hall) -> None:
+        await hall.arrive(("first", 60, "b"))
+        await hall.arrive(*((f"large{number}", 80, "a") for number in range(80)))
+        await hall.arrive(*((f"small{number}", 1, f"c{number}") for number in range(5)))
+        assert hall.entered == ["first", *(f"small{number}" for number in range(5))]
+
+    in_hall(laws)
+
+
 @pytest.mark.parametrize(("seconds", "cost", "told"), [(0.001, 1, 1), (25, 1000, 120)])
 def test_retry_after_stays_within_its_bounds(seconds: float, cost: int, told: int) -> None:
     async def laws(hall: Hall) -> None:

@@ -12,6 +12,7 @@ from fake_engine import FakeEngine
 from gateway import assert_error, make_app
 from images import image
 
+from server.api.tokens import LONGEST_BYTES
 from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -74,6 +75,22 @@ async def test_a_conversation_is_tokenized_as_chat_sends_it(client: httpx.AsyncC
 async def test_failures_of_the_engine_are_passed_on(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.refusal = (500, {"error": {"message": "CUDA"}})
     assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 502
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/tokenize", {"prompt": "x" * LONGEST_BYTES}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * LONGEST_BYTES}]}),
+        ("/detokenize", {"tokens": [10] * (LONGEST_BYTES // 2)}),
+    ],
+)
+async def test_what_would_hold_up_the_tokenizer_for_seconds_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any]
+) -> None:
+    response = await client.post(path, json=fields)
+    assert_error(response, 413, None, f"a request to {path} has at most 1048576 bytes")
+    assert not engine.calls
 
 
 async def test_large_texts_go_to_the_tokenizer_a_few_at_a_time_and_small_ones_pass(engine: FakeEngine) -> None:

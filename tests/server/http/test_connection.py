@@ -472,3 +472,13 @@ async def test_refusal_of_head_has_no_body(app: App, rest: bytes, status: int) -
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status)
     assert body == b""
+
+
+@pytest.mark.parametrize(
+    ("rest", "status", "code"), [(b"what?\r\n\r\n", 400, "invalid_http"), (b"GET", 408, "request_timeout")]
+)
+async def test_refusal_after_head_has_its_body(app: App, rest: bytes, status: int, code: str) -> None:
+    head = GET.replace(b"GET", b"HEAD")
+    async with serve(app) as server, connect(server, head + rest) as (reader, _):
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+        await assert_refused(reader, status, code)
