@@ -328,7 +328,7 @@ def test_demo_model_answers_at_the_default_budget(tmp_path: Path) -> None:
             assert counts["kept"] <= PRESETS["high"]
             assert counts["saved"] == counts["full"] - counts["kept"]
     assert len(examples) == 12
-    assert len(wrong) <= 6, wrong  # it still learns: docs/accuracy.md
+    assert len(wrong) <= 2, wrong  # docs/accuracy.md: 84 % of the easy questions
 
 
 def run_demo(folder: Path, *arguments: str) -> str:
