@@ -7,8 +7,8 @@ from typing import Final
 
 from server.schemas.generation import GenerationRequest
 
-TYPICAL_ANSWER_TOKENS: Final = 256
-"""Of answers whose `max_tokens` is not given; `visiondrop plan` assumes as many."""
+UNLIMITED_ANSWER_TOKENS: Final = 1024
+"""Of answers whose `max_tokens` is not given. They may fill the context: who sets a usual limit must not count more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,6 @@ def load_of(body: GenerationRequest, visual_tokens: int, max_model_len: int | No
     """
     longest = max_model_len or (1 << 31)
     tokens = min(body.text_tokens() + visual_tokens, longest * body.num_prompts)
-    wanted = TYPICAL_ANSWER_TOKENS if body.answer_tokens is None else body.answer_tokens
+    wanted = UNLIMITED_ANSWER_TOKENS if body.answer_tokens is None else body.answer_tokens
     answers = body.num_prompts * body.num_choices
     return Load(tokens * body.num_choices, answers, answers * min(wanted, longest))

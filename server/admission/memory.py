@@ -17,7 +17,7 @@ SMALL_BYTES: Final = 64 * 1024
 SHARE_OF_FREE: Final = 3
 
 _RETRY_AFTER_SECONDS: Final = 2
-"""Bodies are held for seconds at most: from the first byte to the hand-over to the engine."""
+"""Most bodies are held for seconds: from the first byte until a stream begins or a whole answer has come."""
 
 
 def usable_bytes(limit_bytes: int) -> int:

@@ -30,10 +30,11 @@ def party_of(key: ApiKey, address: str) -> Party:
     """The key or, for everybody without one, the client's address (IPv6: its /64 network)."""
     if key is not ANONYMOUS:
         return Party(key.name, key.weight, key.max_parallel_requests)
-    return Party(_network(address))
+    return Party(network_of(address))
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
+    """What an address counts as: itself or, of IPv6, its /64 network."""
     try:
         parsed = ip_address(address.partition("%")[0])
     except ValueError:

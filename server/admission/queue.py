@@ -7,8 +7,11 @@
    order of arrival within a party: fair queueing by start times, with the virtual time of WF2Q+ (Bennett, Zhang:
    IEEE/ACM Transactions on Networking 5.5, 1997), by which newcomers cannot starve whoever waits
 4. a request for which there is no room yet may be overtaken, by work of up to the whole capacity or for a third of the
-   longest wait; then nobody passes until it has entered, so that it cannot starve
+   longest wait; then it stops the line until it has entered, so that it cannot starve
 5. while several parties are about, none takes the last eighth of the room: the next one finds some at once
+6. a request holds at most the other seven eighths, however large it is: the engine itself queues what is beyond. Its
+   work is counted whole
+7. so whoever stops the line gets in although others pass it in the last eighth: parties that hold little
 
 Decision 15 has the reasons. No library has a fair semaphore with weights and a changing capacity.
 """
@@ -38,13 +41,14 @@ from server.errors import (
 from server.settings import Settings
 
 LARGEST_SHARE: Final = 7 / 8
-"""Of the capacity, for one party while others are about."""
+"""Of the room, for one request, and for one party while others are about."""
 OVERTAKING_SHARE: Final = 1 / 3
 """Of the longest wait: for so long a request may be overtaken."""
 
 WAITED_REASONS: Final = frozenset({"parallel_requests", "queue_share", "queue_timeout"})
 """Of refusals, those of requests that had a place in the queue."""
 
+_EVERYTHING: Final = Load(1 << 62, 1 << 62)
 _ABOUT_SECONDS: Final = 60.0
 """After its last request a party counts as being about for so long."""
 _MAX_PASSED: Final = 64
@@ -80,11 +84,31 @@ class Room(Protocol):
     def away_sequences(self) -> int: ...
 
 
+@dataclass(slots=True)
+class _Sum:
+    """What several requests hold."""
+
+    tokens: int = 0
+    sequences: int = 0
+
+    def add(self, held: Load) -> None:
+        self.tokens += held.tokens
+        self.sequences += held.sequences
+
+    def subtract(self, held: Load) -> None:
+        self.tokens -= held.tokens
+        self.sequences -= held.sequences
+
+
 @dataclass(eq=False, slots=True)
 class _Waiter:
+    """A request. `held` is what it takes of the room; it may change with the room until the request is let in."""
+
     load: Load
     flow: _Flow
     arrived: float
+    held: Load
+    is_aside: bool = False
     overtaken_work: int = 0
     is_granted: bool = False
     refusal: GatewayError | None = None
@@ -99,8 +123,7 @@ class _Flow:
     start: float = 0.0
     waiting: OrderedDict[_Waiter, None] = field(default_factory=OrderedDict)  # gives up any waiter in O(1)
     num_inflight: int = 0
-    tokens: int = 0
-    sequences: int = 0
+    held: _Sum = field(default_factory=_Sum)
 
     @property
     def is_idle(self) -> bool:
@@ -128,8 +151,8 @@ class Admission:
         self._virtual_time = 0.0
         self._queue_depth = 0
         self._queued_cost = 0
-        self._inflight_cost = 0
-        self._inflight_sequences = 0
+        self._inflight = _Sum()
+        self._aside = _Sum()  # of these, what passed a stopped line
         self._seen: dict[str, float] = {}  # the last two parties that came
         self._work = _WorkRate()
 
@@ -140,14 +163,15 @@ class Admission:
 
     @property
     def inflight_cost(self) -> int:
-        """Tokens of the requests that were admitted and have not left."""
-        return self._inflight_cost
+        """Tokens that the requests hold which were admitted and have not left."""
+        return self._inflight.tokens
 
     @asynccontextmanager
-    async def admit(self, load: Load, party: Party) -> AsyncIterator[None]:
+    async def admit(self, load: Load, party: Party) -> AsyncIterator[Load]:
         """Wait for room, hold it within the context, and give it back.
 
-        A request that costs more than the whole capacity enters when nothing else is in flight there.
+        Yields:
+            What the request holds: its load, or of a larger one LARGEST_SHARE of the room.
 
         Raises:
             EngineUnreachableError: no engine is up.
@@ -156,31 +180,31 @@ class Admission:
             RateLimitError: the party's own limit of parallel requests kept it waiting too long.
         """
         assert load.tokens > 0, load
-        flow = await self._enter(load, party)
+        waiter = await self._enter(load, party)
         try:
-            yield
+            yield waiter.held
         finally:
             self._observe(load.tokens)
-            self._release(flow, load)
+            self._release(waiter)
 
     def update(self) -> None:
         """Let in what fits. To be called when the capacity may have changed."""
         self._observe()
         self._grant()
 
-    async def _enter(self, load: Load, party: Party) -> _Flow:
+    async def _enter(self, load: Load, party: Party) -> _Waiter:
         if self._room.capacity <= 0:
             raise EngineUnreachableError("no engine is ready; try again later", code="engine_unreachable")
         self._see(party)
         self.update()
         flow = self._flows.setdefault(party.name, _Flow(party))
-        waiter = _Waiter(load, flow, self._clock())
+        waiter = _Waiter(load, flow, self._clock(), self._held(load))
         self._add(waiter)
         self._grant()
         if not waiter.is_granted and self._queue_depth > self._max_queued:
             self._make_place(flow)
         await self._wait(waiter)
-        return flow
+        return waiter
 
     async def _wait(self, waiter: _Waiter) -> None:
         if waiter.is_granted:
@@ -193,7 +217,7 @@ class Admission:
             # The client left, perhaps in the very moment in which the waiter was let in.
             if waiter.is_granted:
                 self._observe()
-                self._release(waiter.flow, waiter.load)
+                self._release(waiter)
             elif waiter.refusal is None:
                 self._give_up(waiter)
             raise
@@ -213,10 +237,8 @@ class Admission:
             self._remove(waiter)
             flow.start += load.work / flow.party.weight
             flow.num_inflight += 1
-            flow.tokens += load.tokens
-            flow.sequences += load.sequences
-            self._inflight_cost += load.tokens
-            self._inflight_sequences += load.sequences
+            for total in self._sums(waiter):
+                total.add(waiter.held)
             waiter.is_granted = True
             waiter.called.set()
 
@@ -231,13 +253,16 @@ class Admission:
         if not self._queue_depth or self._room.capacity <= 0:
             return None
         passed: list[_Waiter] = []
+        is_stopped = False
         for waiter in self._in_order():
-            if self._fits(waiter.load):
+            if self._fits(waiter.held) and (not is_stopped or self._may_pass_a_stopped_line(waiter)):
                 for other in passed:
                     other.overtaken_work += waiter.load.work
+                waiter.is_aside = is_stopped
                 return waiter
-            if self._stops_the_line(waiter) or len(passed) == _MAX_PASSED:
+            if len(passed) == _MAX_PASSED:
                 return None
+            is_stopped = is_stopped or self._stops_the_line(waiter)
             passed.append(waiter)
         return None
 
@@ -245,7 +270,8 @@ class Admission:
         """Who waits and is within its party's limits; of each party, the first few."""
         for flow in sorted((flow for flow in self._flows.values() if flow.waiting), key=lambda flow: flow.start):
             for waiter in islice(flow.waiting, _MAX_PASSED_OF_PARTY):
-                if flow.is_at_limit or not self._is_within_share(flow, waiter.load):
+                waiter.held = self._held(waiter.load)
+                if flow.is_at_limit or not self._is_within_share(flow, waiter.held):
                     break
                 yield waiter
 
@@ -253,19 +279,39 @@ class Admission:
         age = self._clock() - waiter.arrived
         return waiter.overtaken_work >= self._room.capacity or age >= OVERTAKING_SHARE * self._queue_seconds
 
-    def _fits(self, load: Load) -> bool:
-        room = self._room
-        tokens, sequences = self._inflight_cost - room.away_cost, self._inflight_sequences - room.away_sequences
-        is_alone = tokens <= 0 and sequences <= 0
-        return is_alone or (tokens + load.tokens <= room.capacity and sequences + load.sequences <= room.max_sequences)
+    def _may_pass_a_stopped_line(self, waiter: _Waiter) -> bool:
+        """In what the largest request leaves free. A party that holds a quarter of these tokens is not small."""
+        room, most = self._room, self._held(_EVERYTHING)
+        tokens, sequences = room.capacity - most.tokens, room.max_sequences - most.sequences
+        aside, own, held = self._aside, waiter.flow.held, waiter.held
+        return (
+            aside.tokens + held.tokens <= tokens
+            and aside.sequences + held.sequences <= sequences
+            and own.tokens + held.tokens <= tokens / 4
+            and own.sequences + held.sequences <= max(sequences / 2, 1)
+        )
 
-    def _is_within_share(self, flow: _Flow, load: Load) -> bool:
+    def _held(self, load: Load) -> Load:
+        """What a load takes of the room as it is."""
+        room = self._room
+        tokens = min(load.tokens, LARGEST_SHARE * room.capacity)
+        sequences = min(load.sequences, LARGEST_SHARE * room.max_sequences)
+        return Load(max(int(tokens), 1), max(int(sequences), 1))
+
+    def _fits(self, held: Load) -> bool:
+        room, inflight = self._room, self._inflight
+        return (
+            inflight.tokens - room.away_cost + held.tokens <= room.capacity
+            and inflight.sequences - room.away_sequences + held.sequences <= room.max_sequences
+        )
+
+    def _is_within_share(self, flow: _Flow, held: Load) -> bool:
         if not flow.num_inflight or not self._are_others_about(flow.party):
             return True
         room = self._room
         return (
-            flow.tokens + load.tokens <= LARGEST_SHARE * room.capacity
-            and flow.sequences + load.sequences <= LARGEST_SHARE * room.max_sequences
+            flow.held.tokens + held.tokens <= LARGEST_SHARE * room.capacity
+            and flow.held.sequences + held.sequences <= LARGEST_SHARE * room.max_sequences
         )
 
     def _are_others_about(self, party: Party) -> bool:
@@ -294,9 +340,12 @@ class Admission:
         self._queued_cost -= waiter.load.tokens
 
     def _make_place(self, newcomer: _Flow) -> None:
-        """Turn away the newest request of the party with the most places for its weight; if equal, the newcomer's."""
+        """Turn away the newest request of the party with the most places for its weight; if equal, the newcomer's.
+
+        The first place of each is free: a party's only one gives way to no longer queue, whatever the weights.
+        """
         queues = (flow for flow in self._flows.values() if flow.waiting)
-        longest = max(queues, key=lambda flow: (len(flow.waiting) / flow.party.weight, flow is newcomer))
+        longest = max(queues, key=lambda flow: ((len(flow.waiting) - 1) / flow.party.weight, flow is newcomer))
         loser = next(reversed(longest.waiting))
         loser.refusal = OverloadedError(
             "too many requests are waiting already; try again later",
@@ -313,14 +362,16 @@ class Admission:
         self._grant()
         self._forget()
 
-    def _release(self, flow: _Flow, load: Load) -> None:
-        flow.num_inflight -= 1
-        flow.tokens -= load.tokens
-        flow.sequences -= load.sequences
-        self._inflight_cost -= load.tokens
-        self._inflight_sequences -= load.sequences
+    def _release(self, waiter: _Waiter) -> None:
+        waiter.flow.num_inflight -= 1
+        for total in self._sums(waiter):
+            total.subtract(waiter.held)
         self._grant()
         self._forget()
+
+    def _sums(self, waiter: _Waiter) -> list[_Sum]:
+        """Those that it counts in once it is in flight."""
+        return [self._inflight, waiter.flow.held, *([self._aside] if waiter.is_aside else [])]
 
     def _forget(self) -> None:
         """Parties that are gone; what they have had counts for as long as somebody waits."""

@@ -52,7 +52,7 @@ class Planner:
             )
         self._rates.take_images(context.key, len(images), param)
         record.geometry = await self._engines.geometry()
-        loaded = await self._loader.load(images, record, context.lease)
+        loaded = await self._loader.load(images, record, context.lease, context.party)
         record.image_sizes = tuple((image.height, image.width) for image in loaded)
         record.schedules = plan_images(record.geometry, record.image_sizes, choices)
         if context_length is not None:

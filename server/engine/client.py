@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 import httpx
 
+from server import paths
 from server.admission.context_length import ContextLength
 from server.engine.transport import EngineTransport
 from server.errors import (
@@ -182,6 +183,8 @@ class HttpEngineClient:
             await response.aclose()
         answer = _json_object(response)
         check_complete(answer)
+        if call.path in (paths.CHAT, paths.COMPLETIONS) and not answer.get("choices"):
+            raise _unreadable()
         return answer
 
     async def open_stream(self, call: EngineCall) -> EventSource:
@@ -279,18 +282,28 @@ def read_object(data: bytes) -> dict[str, Any]:
 
 
 def _read_json(data: bytes) -> Any:
-    """None if it is no JSON. NaN is none, although Python reads it: a client could not."""
+    """None if it is no JSON, or if it would not be when it is written again, although Python reads it."""
     try:
-        return _DECODER.decode(data.decode())
+        read = _DECODER.decode(data.decode())
+        if b"\\u" in data:  # perhaps one half of a surrogate pair, which no text has
+            json.dumps(read, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
+    return read
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits} is too large")
+    return number
+
+
+_DECODER: Final = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
 """Made once: `json.loads` would make one for every event of a stream."""
 
 

@@ -58,7 +58,7 @@ class Dispatcher:
             raise self._engines.refusal()
         began, has_waited = time.monotonic(), True
         try:
-            await context.cleanup.enter_async_context(self._admission.admit(load, context.party))
+            held = await context.cleanup.enter_async_context(self._admission.admit(load, context.party))
         except GatewayError as error:
             has_waited = error.reason in WAITED_REASONS  # all others are rejected at once
             raise
@@ -70,7 +70,7 @@ class Dispatcher:
         # Megabytes to hash, and of use only where there is a choice.
         images = tuple(hash(url) for url in urls) if len(self._engines.names) > 1 else ()
         return EngineCall(
-            record.route, body, record.request_id, record.trace_headers, load.tokens, images, load.sequences
+            record.route, body, record.request_id, record.trace_headers, held.tokens, images, held.sequences
         )
 
     async def complete(self, context: RequestContext, call: EngineCall, shape: AnswerShape) -> Response:

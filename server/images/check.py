@@ -52,27 +52,38 @@ class CheckedImage:
     passed_through: bool = False
 
 
-def check_image(url: str, settings: Settings, param: str) -> CheckedImage:
+class DecodingNeededError(Exception):
+    """An image that has to be decoded, and has too many pixels for the caller."""
+
+    def __init__(self, num_pixels: int) -> None:
+        self.num_pixels = num_pixels
+
+
+def check_image(url: str, settings: Settings, param: str, *, most_decoded: int | None = None) -> CheckedImage:
     """Take an image from its data URL.
 
     Args:
         param: path of the URL in the request, for the error object.
+        most_decoded: pixels; an image with more is not decoded. None for no limit.
 
     Raises:
+        DecodingNeededError: only decoding the image would show what it is.
         InvalidRequestError: not a data URL, not an image, broken, animated, or with too many pixels.
         PayloadTooLargeError: too many bytes.
     """
     source = read_data_url(url, settings.max_image_bytes, param)
-    return _check(source.data, source, settings, param)
+    return _check(source.data, source, settings, param, most_decoded)
 
 
-def check_image_bytes(data: bytes, settings: Settings, param: str) -> CheckedImage:
+def check_image_bytes(data: bytes, settings: Settings, param: str, *, most_decoded: int | None = None) -> CheckedImage:
     """Take an image from its file. Arguments and errors as for `check_image`."""
     check_num_bytes(len(data), settings.max_image_bytes, param)
-    return _check(data, None, settings, param)
+    return _check(data, None, settings, param, most_decoded)
 
 
-def _check(data: bytes, source: DataUrl | None, settings: Settings, param: str) -> CheckedImage:
+def _check(
+    data: bytes, source: DataUrl | None, settings: Settings, param: str, most_decoded: int | None
+) -> CheckedImage:
     kind = _sniff(data)
     if kind is None:
         what = "is not a JPEG, PNG, WebP or GIF file" if data else "is empty"
@@ -84,6 +95,9 @@ def _check(data: bytes, source: DataUrl | None, settings: Settings, param: str) 
         _check_single(image, param)
         passes = whole and _is_canonical(image, _orientation(image)) and _is_kind_for_engine(data)
         if not passes:
+            num_pixels = image.width * image.height
+            if most_decoded is not None and num_pixels > most_decoded:
+                raise DecodingNeededError(num_pixels)
             # Anew, since what Pillow has read of the orientation so far it would not read again.
             image = _open(data, kind)
             image.load()
@@ -95,7 +109,7 @@ def _check(data: bytes, source: DataUrl | None, settings: Settings, param: str) 
         canonical = normalise(image, orientation or 1, data[24] if kind == "PNG" else 8)
         height, width = canonical.height, canonical.width
         return CheckedImage(height, width, write_data_url(*to_file(canonical)), len(data), passed_through=False)
-    except (GatewayError, MemoryError):
+    except (GatewayError, DecodingNeededError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InvalidRequestError("the image has too many pixels", param=param, code="image_too_large") from None

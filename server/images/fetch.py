@@ -27,8 +27,10 @@ from typing import Final, NoReturn, TypeAlias
 import httpcore
 import httpx
 
-from server.errors import ImageUnavailableError, OverloadedError, PayloadTooLargeError
+from server.admission.party import Party
+from server.errors import ImageUnavailableError, PayloadTooLargeError
 from server.images.addresses import IPAddress, is_public
+from server.images.places import ImagePlaces
 from server.images.url import ImageUrlError, parse_image_url, port_of
 from server.settings import Settings
 from server.sockets import OwnedSocket
@@ -50,7 +52,7 @@ _log = logging.getLogger("visiondrop")
 
 
 class ImageFetcher:
-    """Fetches images, a bounded number at a time.
+    """Fetches images, a bounded number at a time, shared fairly among parties.
 
     Args:
         resolve, is_allowed, ssl_context: seams for tests; servers leave them alone.
@@ -74,15 +76,16 @@ class ImageFetcher:
             (b"Accept-Encoding", b"identity"),
             (b"Connection", b"close"),
         ]
-        self._slots = asyncio.Semaphore(settings.fetch_concurrency)
+        self._places = ImagePlaces(settings, settings.fetch_concurrency, "fetching")
         # Not the loop's own threads: names that take long to resolve would hold up whatever else needs those.
         self._threads = ThreadPoolExecutor(settings.fetch_concurrency, thread_name_prefix="resolve")
 
-    async def fetch(self, url: str, param: str, hold: Callable[[int], None] = lambda _: None) -> bytes:
+    async def fetch(self, url: str, param: str, party: Party, hold: Callable[[int], None] = lambda _: None) -> bytes:
         """The bytes behind the URL, whatever they are. Cancelling it closes its connection.
 
         Args:
             param: path of the URL in the request, for the error object.
+            party: whose request it is.
             hold: called with the size of every chunk that arrives; what it raises ends the fetch.
 
         Raises:
@@ -100,7 +103,7 @@ class ImageFetcher:
             target = parse_image_url(url, self._settings)
         except ImageUrlError as error:
             raise ImageUnavailableError(str(error), param=param, code=_CODE) from None
-        async with self._slot():
+        async with self._places.hold(party):
             try:
                 async with asyncio.timeout(self._settings.fetch_seconds):
                     return await self._follow(target, hold)
@@ -129,22 +132,6 @@ class ImageFetcher:
             param=param,
             code=_CODE,
         ) from None
-
-    @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._settings.queue_seconds):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise OverloadedError(
-                "the server is fetching too many images; try again later",
-                reason="queue_timeout",
-                retry_after_seconds=self._settings.fetch_seconds,
-            ) from None
-        try:
-            yield
-        finally:
-            self._slots.release()
 
     async def _follow(self, url: httpx.URL, hold: Callable[[int], None]) -> bytes:
         for _ in range(self._settings.fetch_redirects + 1):

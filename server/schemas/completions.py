@@ -9,10 +9,12 @@ from pydantic import Discriminator, Field, StrictStr, Tag
 
 from server.budget import BudgetField
 from server.errors import InvalidRequestError
-from server.schemas.generation import INT32_MAX, CompletionFields, TokenId, estimate_text_tokens
+from server.schemas.generation import INT32_MAX, NO_EFFECT_FIELDS, CompletionFields, TokenId, estimate_text_tokens
 
 MAX_SEQUENCES: Final = 1024
 """Prompts times choices of one request; vLLM's own bound of prompts."""
+_DEFAULT_ANSWER_TOKENS: Final = 16
+"""OpenAI's default on this route, and vLLM's."""
 
 
 def _prompt_tag(value: Any) -> str | None:
@@ -43,6 +45,7 @@ class CompletionRequest(CompletionFields):
     """A text completion request."""
 
     text_fields: ClassVar = ("prompt",)
+    withheld_fields: ClassVar = NO_EFFECT_FIELDS | {"visual_token_budget"}
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
@@ -61,6 +64,10 @@ class CompletionRequest(CompletionFields):
     @property
     def num_prompts(self) -> int:
         return len(self.prompts)
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return _DEFAULT_ANSWER_TOKENS if self.max_tokens is None else self.max_tokens
 
     def certain_prompts(self) -> Iterator[int | list[int]]:
         yield from (len(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompts)

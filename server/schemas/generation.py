@@ -114,8 +114,7 @@ class GenerationRequest(RequestBody):
 
     text_fields: ClassVar[tuple[str, ...]]
     """The fields whose text reaches the prompt; the first is the one that holds the images, if the route has any."""
-    withheld_fields: ClassVar[frozenset[str]] = NO_EFFECT_FIELDS
-    """The fields that the engine does not get."""
+    withheld_fields: ClassVar = NO_EFFECT_FIELDS
 
     model: StrictStr | None = None
     """As GET /v1/models names it; the served model if it is left out."""

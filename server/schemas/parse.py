@@ -27,6 +27,8 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     takes_images: ClassVar[bool] = False
+    withheld_fields: ClassVar[frozenset[str]] = frozenset()
+    """The fields that the engine does not get: they change nothing."""
 
     _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -58,7 +60,8 @@ class RequestBody(BaseModel):
         """Raises InvalidRequestError for a top-level field that is not served, before any is validated."""
         for name in data:
             if name not in cls.model_fields:
-                raise InvalidRequestError(refusal(name, cls.model_fields, cls.takes_images), param=name)
+                reason = refusal(name, cls.model_fields, cls.withheld_fields, cls.takes_images)
+                raise InvalidRequestError(reason, param=name)
 
     def check(self) -> None:
         """Raises InvalidRequestError for fields that are valid one by one, but not together."""

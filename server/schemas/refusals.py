@@ -89,6 +89,8 @@ _RIGHT_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "max_output_tokens": ("max_completion_tokens", "max_tokens"),
     "max_tokens": ("max_output_tokens",),
     "messages": ("input", "prompt"),
+    "n_predict": ("max_completion_tokens", "max_output_tokens", "max_tokens"),
+    "num_predict": ("max_completion_tokens", "max_output_tokens", "max_tokens"),
     "prompt": ("messages",),
     "reasoning": ("reasoning_effort",),
     "reasoning_effort": ("reasoning.effort",),
@@ -101,13 +103,16 @@ _RIGHT_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 """What a field of another route, another server or another time is called here: the first that the route has."""
 
 _LONGEST_NAME: Final = 64
+_LIKENESS: Final = 0.8
+"""Of a name with a slip in it, as difflib measures; "options" is less like "stream_options"."""
 
 
-def refusal(name: str, known: Collection[str], takes_images: bool) -> str:
+def refusal(name: str, known: Collection[str], idle: Collection[str], takes_images: bool) -> str:
     """Why there is no top-level field `name`, in one sentence.
 
     Args:
         known: the fields that there are.
+        idle: those of them that change nothing. They are not what anybody means.
         takes_images: whether the route does.
     """
     if name in ENGINE_FIELDS:
@@ -126,7 +131,8 @@ def refusal(name: str, known: Collection[str], takes_images: bool) -> str:
     if right is not None:
         return f"unknown field {name!r}; use {right!r}"
     # It would take seconds and gigabytes for a name of megabytes.
-    close = difflib.get_close_matches(name, sorted(known), n=1) if len(name) <= _LONGEST_NAME else []
+    is_short = len(name) <= _LONGEST_NAME
+    close = difflib.get_close_matches(name, sorted({*known} - {*idle}), 1, _LIKENESS) if is_short else []
     return f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 

@@ -99,7 +99,11 @@ class InputMessage(BaseModel):
         if isinstance(self.content, str):
             yield self.content
         else:
-            yield from (part.text for part in self.content if isinstance(part, InputText | OutputText))
+            for part in self.content:
+                if isinstance(part, InputText | OutputText):
+                    yield part.text
+                elif isinstance(part, RefusalPart):
+                    yield part.refusal
 
 
 InputItem: TypeAlias = Annotated[

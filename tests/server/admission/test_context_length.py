@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.admission.context_length import LONGEST_TRUNCATED_TOKENS, ContextLength
-from server.admission.load import TYPICAL_ANSWER_TOKENS, Load, load_of
+from server.admission.load import UNLIMITED_ANSWER_TOKENS, Load, load_of
 from server.errors import InvalidRequestError
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
@@ -122,13 +122,20 @@ def test_engine_that_does_not_know_its_tokenizer_counts_what_is_certain() -> Non
     refusal(chat("a"), visual_tokens=101, context=context)
 
 
+def test_answer_without_a_limit_counts_no_less_than_one_with_a_usual_limit() -> None:
+    assert load_of(chat("hi"), 0, None).work >= load_of(chat("hi", max_tokens=1000), 0, None).work
+    assert load_of(chat("hi"), 0, 100) == load_of(chat("hi", max_tokens=100), 0, 100)
+
+
 @pytest.mark.parametrize(
     ("body", "visual_tokens", "load"),
     [
-        (chat("x" * 40), 0, Load(10, 1, TYPICAL_ANSWER_TOKENS)),
+        (chat("x" * 40), 0, Load(10, 1, UNLIMITED_ANSWER_TOKENS)),
         (chat("x" * 40, max_tokens=7), 30, Load(40, 1, 7)),
         (chat("x" * 40, max_tokens=7, n=3), 30, Load(120, 3, 21)),
         (completion([[1] * 10, [1] * 20], max_tokens=7, n=2), 0, Load(62, 4, 28)),
+        (completion("x" * 40), 0, Load(10, 1, 16)),
+        (completion("x" * 40, max_tokens=None), 0, Load(10, 1, 16)),
         (chat("x" * 100_000, max_tokens=5000), 0, Load(2000, 1, 2000)),
         (response("x" * 40, max_output_tokens=7), 0, Load(10, 1, 7)),
     ],

@@ -78,3 +78,8 @@ async def test_bad_requests_get_a_sentence(
 ) -> None:
     assert_error(await client.post(ROUTE, json=fields), 400, param, words)
     assert not engine.calls
+
+
+async def test_nobody_is_sent_to_the_budget_which_has_no_effect_here(client: httpx.AsyncClient) -> None:
+    response = await client.post(ROUTE, json={"prompt": "a", "visual_tokens_budget": 64})
+    assert response.json()["error"]["message"] == "unknown field 'visual_tokens_budget'"

@@ -11,11 +11,13 @@ from fake_engine import GEOMETRY, MODEL, WORDS, FakeEngine
 from gateway import assert_error, gateway
 from images import image
 
+from server.schemas.responses import ResponsesRequest
 from vd_plugin.schedule import resolve
 
 pytestmark = pytest.mark.anyio
 
 ROUTE = "/v1/responses"
+LONG = "a lot " * 100
 
 
 @pytest.fixture
@@ -84,6 +86,12 @@ async def test_what_has_no_effect_is_accepted_and_kept_from_the_engine(
     assert response.status_code == 200, response.text
     plain = [{"role": "user", "content": [part]}]
     assert engine.calls == [(ROUTE, {**body, "input": plain, "store": False})]
+
+
+@pytest.mark.parametrize("part", [{"type": "output_text", "text": LONG}, {"type": "refusal", "refusal": LONG}])
+def test_all_text_of_a_prompt_has_its_cost(part: dict[str, Any]) -> None:
+    body = {"input": [{"role": "assistant", "content": [part]}]}
+    assert ResponsesRequest.parse(json.dumps(body).encode()).text_tokens() == len(LONG) // 4
 
 
 async def test_of_what_may_be_included_log_probabilities_are(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import httpx
 import pytest
@@ -75,7 +76,9 @@ async def test_engine_that_is_being_stopped_is_told_from_a_dead_and_from_a_busy_
 @pytest.mark.parametrize(
     "body",
     [b"", b"what?", b"[1]", b"null", b'{"a": NaN}', b'{"a": 1e', b"[" * 100_000, b'{"a":' * 100_000,
-     b'{"choices": 3}', b'{"choices": {"0": 1}}', b'{"choices": [1]}', b"\xff{}"],
+     b'{"choices": 3}', b'{"choices": {"0": 1}}', b'{"choices": [1]}', b"\xff{}",
+     *(b'{"choices": [{%b}]}' % field
+       for field in (b'"a": 1e999', b'"a": [-1e999]', b'"a": "\\ud83d"', b'"\\uDE00": 1'))],
 )  # fmt: skip
 async def test_answer_that_cannot_be_read_is_the_engines_failure(body: bytes) -> None:
     def reply(request: httpx.Request) -> httpx.Response:
@@ -93,12 +96,32 @@ async def test_answer_that_cannot_be_read_is_the_engines_failure(body: bytes) ->
     await client.aclose()
 
 
+@pytest.mark.parametrize("choices", [{}, {"choices": None}, {"choices": []}])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_answer_without_choices_is_the_engines_failure(path: str, choices: dict[str, Any]) -> None:
+    answer = {"id": "a", "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, **choices}
+    client = HttpEngineClient(httpx.MockTransport(lambda _: httpx.Response(200, json=answer)))
+    with pytest.raises(EngineFailedError, match="cannot be read"):
+        await client.complete(EngineCall(path, b"{}", "req-1"))
+    for other in ("/v1/responses", "/tokenize"):
+        assert await client.complete(EngineCall(other, b"{}", "req-1"))
+    await client.aclose()
+
+
+async def test_any_text_can_be_read() -> None:
+    sent = '{"choices": [{"text": "\\ud83d\\ude00 \\u00e9 \\\\ud83d \N{GRINNING FACE}", "x": 1e308}]}'.encode()
+    client = HttpEngineClient(httpx.MockTransport(lambda _: httpx.Response(200, content=sent)))
+    answer = await client.complete(EngineCall("/v1/completions", b"{}", "req-1"))
+    assert answer == {"choices": [{"text": "\N{GRINNING FACE} é \\ud83d \N{GRINNING FACE}", "x": 1e308}]}
+    await client.aclose()
+
+
 async def test_trace_context_travels_to_the_engine() -> None:
     seen: list[httpx.Headers] = []
 
     def reply(request: httpx.Request) -> httpx.Response:
         seen.append(request.headers)
-        return httpx.Response(200, json={})
+        return httpx.Response(200, json={"choices": [{"index": 0}]})
 
     client = HttpEngineClient(httpx.MockTransport(reply))
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

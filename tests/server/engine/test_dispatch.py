@@ -14,8 +14,9 @@ from fake_engine import GEOMETRY, FakeEngine
 from gateway import assert_error, bearer, gateway, make_app, write_keys
 from images import ask, image
 from metric_text import metric, metrics_of, until_metric
-from wire import Wire
+from wire import Wire, make_pool
 
+from server.app import create_app
 from server.engine.client import HttpEngineClient
 from server.settings import Settings
 
@@ -72,8 +73,8 @@ async def test_requests_above_capacity_wait_and_then_run_in_order(engine: FakeEn
 async def test_all_text_of_a_prompt_has_its_cost(engine: FakeEngine, fields: dict[str, Any]) -> None:
     engine.hold = True
     async with (
-        gateway(engine, max_inflight_tokens=100, queue_seconds=0.1) as client,
-        client.stream("POST", CHAT, json=ask(stream=True)) as response,
+        gateway(engine, max_inflight_tokens=200, queue_seconds=0.1) as client,
+        client.stream("POST", CHAT, json=say(LONG, stream=True)) as response,
     ):
         await anext(response.aiter_bytes())
         late = await client.post(CHAT, json={**ask(), **fields})
@@ -162,15 +163,33 @@ async def test_engine_gets_as_many_answers_as_run_in_it_and_an_eighth_to_prepare
     tell_limits(engine, max_num_seqs=8)
     engine.hold_before_answer = True
     async with gateway(engine) as client:
-        whole = asyncio.ensure_future(client.post(CHAT, json={**TEXT, "n": 8}))
+        most = asyncio.ensure_future(client.post(CHAT, json={**TEXT, "n": 7}))
         await asyncio.wait_for(engine.asked.wait(), 5)
-        more = [asyncio.ensure_future(client.post(CHAT, json=TEXT)) for _ in range(3)]
+        more = [asyncio.ensure_future(client.post(CHAT, json=TEXT)) for _ in range(4)]
         await until_metric(client, "visiondrop_queue_depth", 2)
-        assert len(engine.bodies) == 2
+        assert len(engine.bodies) == 3
         engine.hold_before_answer = False
-        whole.cancel()
-        more[0].cancel()
-        assert [answer.status_code for answer in await asyncio.gather(*more[1:])] == [200, 200]
+        for request in (most, *more[:2]):
+            request.cancel()
+        assert [answer.status_code for answer in await asyncio.gather(*more[2:])] == [200, 200]
+
+
+async def test_request_larger_than_the_room_holds_as_much_in_the_queue_as_on_its_engine(engine: FakeEngine) -> None:
+    """Else the room of the others would be wrong when the engine is down: what is there takes none of theirs."""
+    tell_limits(engine, max_num_seqs=8)
+    engine.hold = True
+    wire = Wire(engine)
+    settings = Settings(max_inflight_tokens=100)
+    pool = make_pool(settings, wire)
+    transport = AsgiTransport(create_app(settings, pool))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        body = {**say(LONG), "n": 128, "stream": True}
+        async with client.stream("POST", CHAT, json=body) as response:
+            await anext(response.aiter_bytes())
+            assert metric(await metrics_of(client), "visiondrop_inflight_tokens") == 87
+            wire.is_cut = True
+            assert (await client.get("/ready")).status_code == 503
+            assert (pool.away_cost, pool.away_sequences) == (87, 7)
 
 
 KEYS = """

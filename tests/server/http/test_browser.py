@@ -51,14 +51,27 @@ async def test_preflight_needs_no_key_and_is_no_request(
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"Origin": "https://chat.example.com.evil.example"}, {"Origin": "null"}, {"Access-Control-Request-Method": "PUT"}],
+    ("change", "code", "words"),
+    [
+        (
+            {"Origin": "https://chat.example.com.evil.example"},
+            "origin_not_allowed",
+            "VISIONDROP_ALLOWED_ORIGINS lists those",
+        ),
+        ({"Origin": "null"}, "origin_not_allowed", "pages of null"),
+        ({"Access-Control-Request-Method": "DELETE"}, "method_not_allowed", "not send DELETE"),
+    ],
 )
-async def test_preflight_of_what_is_not_allowed_is_refused(engine: FakeEngine, change: dict[str, str]) -> None:
+async def test_preflight_of_what_is_not_allowed_is_refused_for_that_reason(
+    engine: FakeEngine, change: dict[str, str], code: str, words: str
+) -> None:
     async with gateway(engine, allowed_origins=ORIGIN) as client:
         response = await client.options(CHAT, headers={**PREFLIGHT, **change})
     assert response.status_code == 400
-    assert response.json()["error"]["code"] == "origin_not_allowed"
+    error = response.json()["error"]
+    assert error["code"] == code
+    assert words in error["message"]
+    assert ("VISIONDROP_ALLOWED_ORIGINS" in error["message"]) is (code == "origin_not_allowed")
     assert "access-control-allow-origin" not in response.headers
 
 

@@ -8,7 +8,7 @@ import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -338,13 +338,36 @@ async def test_idle_connections_make_room_for_those_that_ask(app: App) -> None:
             writer.close()
 
 
-async def test_newcomer_is_turned_away_when_all_connections_are_busy(app: App) -> None:
-    hold = b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n"
-    async with serve(app, max_connections=2) as server, connect(server, hold), connect(server, hold):
+@pytest.mark.parametrize("sent", [b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n", POST + b"Content-Length: 2\r\n\r\n{"])
+async def test_newcomer_is_turned_away_when_all_connections_are_busy(app: App, sent: bytes) -> None:
+    async with serve(app, max_connections=2) as server, connect(server, sent), connect(server, sent):
         await until(lambda: app.num_calls == 2)
         async with connect(server) as (reader, _):
             await assert_refused(reader, 503, "too_many_connections")
         assert not app.disconnected.is_set()
+
+
+UNFINISHED = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"G",
+        b"POST /none HTTP/1.1\r\n" + UNFINISHED,
+        b"POST /v1/chat/completions HTTP/1.1\r\n" + UNFINISHED,
+        b"GET /health HTTP/1.1\r\n" + UNFINISHED,
+        b"what?\r\n\r\n",
+    ],
+)
+async def test_strangers_without_a_key_cannot_take_all_connections(sent: bytes) -> None:
+    gateway = make_app(Settings(api_key="secret"), FakeEngine())
+    async with serve(gateway, max_connections=20, lifespan="on") as server, AsyncExitStack() as strangers:
+        for _ in range(30):
+            await strangers.enter_async_context(connect(server, sent))
+        await until(lambda: len(server.server_state.connections) == 20)
+        async with connect(server, GET) as (reader, _):
+            assert (await asyncio.wait_for(read_answer(reader), PATIENCE))[0] == 200
 
 
 @pytest.mark.parametrize("path", [b"/events", b"/hold"])

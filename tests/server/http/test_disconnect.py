@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -48,3 +49,19 @@ async def test_work_is_over_when_the_disconnect_is_told() -> None:
     with pytest.raises(ClientDisconnectedError):
         await until_disconnect(gone, work)
     assert steps == ["cleaned up"]
+
+
+async def test_work_that_fails_while_it_is_cancelled_is_not_reported_as_forgotten() -> None:
+    complaints: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise KeyError("a")
+
+    with pytest.raises(ClientDisconnectedError):
+        await until_disconnect(gone, work)
+    gc.collect()
+    assert complaints == []

@@ -7,59 +7,21 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import uvicorn
 import virtual_time
+from client_side import ClientSide
 from uvicorn.server import ServerState
 
-from server.http.connection import ConnectionGuard, ConnectionLimits, guard_connections
+from server.http.connection import ConnectionLimits, guard_connections
 
 RATE = 4096
 HEAD = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
 NOT_READ = HEAD.replace(b"/echo", b"/not-read")
 
 
-class Upload(asyncio.Transport):
-    """A client's side of a connection: what it was sent, and whether the server still wants to read."""
-
+class Upload(ClientSide):
     def __init__(self, rate: int = RATE) -> None:
-        super().__init__({"peername": ("192.0.2.1", 1), "sockname": ("192.0.2.9", 80)})
-        self.sent = b""
-        self.is_over = False
         limits = ConnectionLimits(10, 60, 60, 100, rate)
-        config = uvicorn.Config(app, lifespan="off", log_config=None, log_level="error")
-        self._connection: ConnectionGuard = guard_connections(limits)(config, ServerState(), {})
-        self._connection.connection_made(self)
-
-    async def send(self, data: bytes, after_seconds: float = 0.0) -> None:
-        await asyncio.sleep(after_seconds)
-        self._connection.data_received(data)
-        for _ in range(5):
-            await asyncio.sleep(0)
-
-    def write(self, data: Any) -> None:
-        self.sent += data
-
-    def close(self) -> None:
-        self.abort()
-
-    def abort(self) -> None:
-        if not self.is_over:
-            self.is_over = True
-            asyncio.get_running_loop().call_soon(self._connection.connection_lost, None)
-
-    def is_closing(self) -> bool:
-        return self.is_over
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def write_eof(self) -> None: ...
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
+        super().__init__(app, guard_connections(limits), ServerState())
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -26,7 +26,7 @@ OVERRIDDEN = {
 }
 """Method -> its parameters; all but the last of H11Protocol are replaced or extended."""
 
-CONNECTION = ["app", "conn", "connections", "cycle", "flow", "loop", "server_state", "transport"]
+CONNECTION = ["app", "client", "conn", "connections", "cycle", "flow", "loop", "server_state", "transport"]
 CYCLE = ["disconnected", "keep_alive", "message_event", "response_complete", "response_started", "scope"]
 
 

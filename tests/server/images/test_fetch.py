@@ -19,6 +19,7 @@ from bad_urls import BAD_URLS, DNS, UNAVAILABLE, BadUrl
 from departures import sockets_left_by
 from origin import Origin, deaf_port, redirect, reply
 
+from server.admission.party import Party
 from server.errors import GatewayError, ImageUnavailableError, OverloadedError, PayloadTooLargeError
 from server.images.addresses import IPAddress
 from server.images.fetch import ImageFetcher, Resolver
@@ -28,6 +29,7 @@ from server.version import package_version
 pytestmark = pytest.mark.anyio
 
 PARAM = "messages[0].content[1].image_url.url"
+PARTY = Party("a")
 IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 OUTSIDE, INSIDE = "127.0.0.1", "127.0.0.2"
 """Stand for a public and for a private address where a test needs servers behind both."""
@@ -69,7 +71,7 @@ async def fetching(
         **rule,
     )
     try:
-        yield lambda url: fetcher.fetch(url, PARAM)
+        yield lambda url: fetcher.fetch(url, PARAM, PARTY)
     finally:
         await fetcher.aclose()
 
@@ -232,9 +234,9 @@ async def test_the_systems_own_resolver_is_checked_as_well(origin: Origin, host:
     strict = ImageFetcher(settings, ssl_context=DISTRUSTING)
     lax = ImageFetcher(settings, ssl_context=DISTRUSTING, is_allowed=lambda address: address.is_loopback)
     try:
-        assert UNAVAILABLE in await refusal(strict.fetch(url, PARAM))
+        assert UNAVAILABLE in await refusal(strict.fetch(url, PARAM, PARTY))
         assert origin.requests == []
-        assert await lax.fetch(url, PARAM) == IMAGE
+        assert await lax.fetch(url, PARAM, PARTY) == IMAGE
     finally:
         await strict.aclose()
         await lax.aclose()
@@ -508,6 +510,7 @@ async def test_fetch_that_waits_too_long_for_its_turn_is_turned_away(origin: Ori
         with pytest.raises(OverloadedError) as caught:
             await fetch(f"{url}/a.png")
         assert (caught.value.status, caught.value.reason) == (503, "queue_timeout")
+        assert caught.value.message == "the server is fetching too many images; try again later"
         assert time.monotonic() - start < 2
         task.cancel()
         await asyncio.wait((task,))

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+from typing import Any
 
 import httpx
 import pytest
@@ -75,7 +76,7 @@ async def test_clients_that_leave_during_the_decoding_do_not_add_threads(
 ) -> None:
     lock, busy, most = threading.Lock(), 0, 0
 
-    def decode_slowly(url: str, settings: Settings, param: str) -> CheckedImage:
+    def decode_slowly(url: str, settings: Settings, param: str, **options: Any) -> CheckedImage:
         nonlocal busy, most
         with lock:
             busy += 1
@@ -83,7 +84,7 @@ async def test_clients_that_leave_during_the_decoding_do_not_add_threads(
         time.sleep(0.2)
         with lock:
             busy -= 1
-        return check_image(url, settings, param)
+        return check_image(url, settings, param, **options)
 
     monkeypatch.setattr("server.images.load.check_image", decode_slowly)
     async with gateway(engine, image_threads=2) as client:

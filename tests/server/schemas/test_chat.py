@@ -28,6 +28,13 @@ def refusal(body: dict[str, Any]) -> InvalidRequestError:
     return caught.value
 
 
+@pytest.mark.parametrize(
+    "name", ["options", "web_search_options", "topP", *(f"{name}s" for name in sorted(NO_EFFECT_FIELDS))]
+)
+def test_nobody_is_sent_to_what_is_another_thing_or_has_no_effect(name: str) -> None:
+    assert refusal(text(**{name: 1})).message == f"unknown field {name!r}"
+
+
 def image_part(**fields: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": image(), **fields}}
 
@@ -124,6 +131,8 @@ def test_null_asks_for_nothing() -> None:
         ("detail", "low", "'visual_token_budget'"),
         ("temprature", 1, "did you mean 'temperature'"),
         ("visual_tokens_budget", 64, "did you mean 'visual_token_budget'"),
+        ("num_predict", 3, "use 'max_completion_tokens'"),
+        ("n_predict", 3, "use 'max_completion_tokens'"),
         ("store", True, "keeps no answers"),
         ("functions", [], "use 'tools'"),
         ("function_call", "auto", "use 'tool_choice'"),
