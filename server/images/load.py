@@ -83,7 +83,9 @@ class ImageLoader:
         """A thread cannot be stopped: when nobody waits for it any more, it still has its place until it is done."""
         place = AsyncExitStack()
         await place.enter_async_context(self._places.hold(party, cost))
-        return await asyncio.shield(self._run(check, place))
+        work = asyncio.ensure_future(self._run(check, place))
+        work.add_done_callback(_read_exception)
+        return await asyncio.shield(work)
 
     async def _run(self, check: Callable[[], CheckedImage], place: AsyncExitStack) -> CheckedImage:
         async with place:
@@ -94,6 +96,12 @@ class ImageLoader:
         data = await self._fetcher.fetch(item.url, item.url_path, party, lease.add)
         record.image_fetch_seconds.append(time.monotonic() - started)
         return data
+
+
+def _read_exception(work: asyncio.Future[CheckedImage]) -> None:
+    """Nobody may be left to read it, and asyncio would log it."""
+    if not work.cancelled():
+        work.exception()
 
 
 def is_remote(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import time
@@ -19,6 +20,7 @@ from metric_text import metric, metrics_of, until_metric
 from origin import Origin, redirect, reply
 from PIL import Image
 
+from server.errors import InvalidRequestError
 from server.images.check import CheckedImage, check_image
 from server.settings import Settings
 
@@ -96,6 +98,31 @@ async def test_clients_that_leave_during_the_decoding_do_not_add_threads(
         assert (await client.post(CHAT, json=ask(image(8, 8)))).status_code == 200
         assert most <= 2
         await until_metric(client, "visiondrop_inflight_requests", 0)
+
+
+async def test_bad_images_of_clients_that_left_are_not_logged_as_defects(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, done = threading.Event(), threading.Event()
+    unread: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unread.append(context))
+
+    def fail_late(*_: object, **options: Any) -> CheckedImage:
+        begun.set()
+        done.wait(30)
+        raise InvalidRequestError("the image is broken")
+
+    monkeypatch.setattr("server.images.load.check_image", fail_late)
+    async with gateway(engine) as client:
+        task = asyncio.ensure_future(client.post(CHAT, json=ask(image(8, 8))))
+        await asyncio.to_thread(begun.wait, 30)
+        task.cancel()
+        await asyncio.wait((task,))
+        await until_metric(client, "visiondrop_inflight_requests", 0)
+        done.set()
+        await asyncio.sleep(0.1)
+        gc.collect()
+    assert not unread
 
 
 async def test_one_bad_image_ends_the_other_fetches(engine: FakeEngine) -> None:
