@@ -47,7 +47,7 @@ from vd_plugin.demo import MODEL_PATH
 from vd_plugin.demo.scenes import draw
 from vd_plugin.demo.split import Example, evaluation_split, fingerprint
 from vd_plugin.options import OPTIONS_KEY, engine_args, load_config, read_geometry
-from vd_plugin.schedule import FULL, Geometry, parse_budget, resolve
+from vd_plugin.schedule import FULL, Geometry, parse_budget, read_budget, resolve
 from vd_plugin.wire import BUDGET_KEY
 
 ROOT: Final = Path(__file__).parents[1]
@@ -311,7 +311,7 @@ def parse_settings(names: Sequence[str]) -> list[Setting]:
         ValueError: neither.
     """
     known = {setting.name: setting for setting in SETTINGS}
-    return [known.get(name) or Setting(name, parse_budget(int(name) if name.isdecimal() else name)) for name in names]
+    return [known.get(name) or Setting(name, read_budget(name)) for name in names]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from vd_plugin.schedule import (
     Geometry,
     Schedule,
     parse_budget,
+    read_budget,
     resolve,
 )
 from vd_plugin.wire import BUDGET_KEY
@@ -94,9 +95,8 @@ def parse_header(value: str | None) -> Budget | None:
     """
     if value is None:
         return None
-    text = value.strip()
     try:
-        return parse_budget(int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text)
+        return read_budget(value.strip())
     except BudgetError as error:
         raise InvalidRequestError(str(error), param=HEADER, code="invalid_budget") from None
 

@@ -21,6 +21,11 @@ OTHER_VARIABLES: Final = frozenset({"VISIONDROP_BACKEND", "VISIONDROP_BUILD_OPTI
 """Those that other programs of the project read: setup.sh, images.sh, and the plugin (cpu/bootstrap.py)."""
 
 
+def usable_bytes(limit_bytes: int) -> int:
+    """Of `max_buffered_bytes`, what requests may hold together that are not small: all but a sixteenth."""
+    return limit_bytes - limit_bytes // 16
+
+
 class Settings(BaseSettings):
     """Limits and defaults. Sizes in bytes and pixels, times in seconds, costs in tokens."""
 
@@ -125,8 +130,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_room(self) -> Settings:
-        # As admission/memory.py counts.
-        if self.max_buffered_bytes - self.max_buffered_bytes // 16 < self.max_body_bytes + self.max_image_bytes:
+        if usable_bytes(self.max_buffered_bytes) < self.max_body_bytes + self.max_image_bytes:
             raise ValueError(
                 "max_buffered_bytes must be at least 16/15 of max_body_bytes + max_image_bytes (a sixteenth is for "
                 "small bodies), else a request within its limits could never be served"

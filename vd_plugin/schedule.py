@@ -73,6 +73,15 @@ def parse_budget(value: object) -> Budget:
     raise BudgetError(f"a visual token budget must be {accepted_budgets()}; got {quote(value)}")
 
 
+def read_budget(text: str) -> Budget:
+    """The budget that a header or a command line spells: a decimal number or a preset's name.
+
+    Raises:
+        BudgetError: it is neither.
+    """
+    return parse_budget(int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text)
+
+
 class TokenSplit(NamedTuple):
     """What one stage keeps: `dominant` tokens as they are, and `contextual` ones that the rest is merged into."""
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Final
 
 from server.errors import OverloadedError, PayloadTooLargeError
+from server.settings import usable_bytes
 
 SMALL_BYTES: Final = 64 * 1024
 """What a request may hold to count as small: a text is, an image is not."""
@@ -18,11 +19,6 @@ SHARE_OF_FREE: Final = 3
 
 _RETRY_AFTER_SECONDS: Final = 2
 """Most bodies are held for seconds: from the first byte until a stream begins or a whole answer has come."""
-
-
-def usable_bytes(limit_bytes: int) -> int:
-    """Of a limit, what requests that are not small may hold together."""
-    return limit_bytes - limit_bytes // 16
 
 
 class MemoryBudget:

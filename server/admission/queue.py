@@ -18,19 +18,20 @@ Decision 15 has the reasons. No library has a fair semaphore with weights and a 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final
 
 import anyio
 
 from server.admission.load import Load
 from server.admission.party import Party
+from server.admission.room import Room
+from server.admission.work_rate import WorkRate
 from server.errors import (
     LONGEST_RETRY_AFTER_SECONDS,
     EngineUnreachableError,
@@ -57,31 +58,6 @@ _MAX_PASSED_OF_PARTY: Final = 8
 """Of these, so many of a party: nobody stops the line with many large ones."""
 _MAX_PARTIES: Final = 4096
 """Beyond it, what those had who are gone is forgotten."""
-_RATE_MEMORY_SECONDS: Final = 30.0
-"""How fast the rate of work forgets: what is older by this much counts a third."""
-
-
-class Room(Protocol):
-    """What the engines take at a time, queried anew at every decision; all 0 if none is up.
-
-    What is away is in flight on engines that count for no capacity: they drain, stall or are down. It takes no room on
-    the others.
-    """
-
-    @property
-    def capacity(self) -> int:
-        """Tokens."""
-
-    @property
-    def max_sequences(self) -> float:
-        """Answers; infinite if it is not known."""
-
-    @property
-    def away_cost(self) -> int:
-        """Tokens."""
-
-    @property
-    def away_sequences(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -140,10 +116,18 @@ class Admission:
 
     Args:
         clock: seconds that only grow.
+        max_queued: requests that may wait, if not as many as the settings say.
     """
 
-    def __init__(self, settings: Settings, room: Room, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_queued = settings.max_queued_requests
+    def __init__(
+        self,
+        settings: Settings,
+        room: Room,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        max_queued: float | None = None,
+    ) -> None:
+        self._max_queued = settings.max_queued_requests if max_queued is None else max_queued
         self._queue_seconds = settings.queue_seconds
         self._room = room
         self._clock = clock
@@ -154,7 +138,7 @@ class Admission:
         self._inflight = _Sum()
         self._aside = _Sum()  # of these, what passed a stopped line
         self._seen: dict[str, float] = {}  # the last two parties that came
-        self._work = _WorkRate()
+        self._work = WorkRate()
 
     @property
     def queue_depth(self) -> int:
@@ -399,25 +383,3 @@ class Admission:
         rate = self._work.tokens_per_second
         seconds = self._queued_cost / rate if rate > 0 else self._queue_seconds
         return min(max(seconds, 1.0), LONGEST_RETRY_AFTER_SECONDS)
-
-
-class _WorkRate:
-    """How fast the engines work off cost. Seen only while a queue stands: else it would be how fast requests come."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._tokens = 0.0  # both sums decay alike, so that their ratio is a weighted mean from the first moment
-        self._seconds = 0.0
-
-    def observe(self, now: float, tokens: int, *, is_busy: bool) -> None:
-        """`tokens` were done at `now`; `is_busy` is about the time since the last call."""
-        if is_busy:
-            decay = math.exp((self._last - now) / _RATE_MEMORY_SECONDS)
-            self._tokens = self._tokens * decay + tokens
-            self._seconds = self._seconds * decay + _RATE_MEMORY_SECONDS * (1 - decay)
-        self._last = now
-
-    @property
-    def tokens_per_second(self) -> float:
-        """0 if nothing was done yet."""
-        return self._tokens / max(self._seconds, 1.0)  # within the first second, chance rules

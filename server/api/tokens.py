@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from server import paths
 from server.admission.load import Load
 from server.admission.queue import Admission
+from server.admission.room import FixedRoom
 from server.api.intake import Intake
 from server.budget import header_budget
 from server.context import Context, RequestContext
@@ -31,17 +32,13 @@ LONGEST_BYTES: Final = 1 << 20
 """Of a request: more would hold up the tokenizer for seconds, and no context takes as much."""
 
 
-class _Tokenizer:
-    """How much text engines get at a time: what vLLM tokenizes in a fraction of a second."""
-
-    capacity = 65_536
-    max_sequences = math.inf
-    away_cost = away_sequences = 0
+_TOKENIZER: Final = FixedRoom(65_536, math.inf)
+"""How much text engines get at a time: what vLLM tokenizes in a fraction of a second."""
 
 
 def token_routes(settings: Settings, intake: Intake, engines: EnginePool) -> APIRouter:
     router = APIRouter()
-    admission = Admission(settings, _Tokenizer())
+    admission = Admission(settings, _TOKENIZER)
 
     @router.post(paths.TOKENIZE)
     async def tokenize(request: Request, context: Context) -> Response:

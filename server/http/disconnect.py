@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.types import Receive
 
 from server.errors import ClientDisconnectedError
+from server.tasks import see_exception
 
 Result = TypeVar("Result")
 
@@ -20,7 +21,7 @@ async def until_disconnect(receive: Receive, work: Callable[[], Awaitable[Result
         ClientDisconnectedError: the client went away; `work` has been cancelled and is over.
     """
     task = asyncio.ensure_future(work())
-    task.add_done_callback(_see_exception)
+    task.add_done_callback(see_exception)
     watcher = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
@@ -31,12 +32,6 @@ async def until_disconnect(receive: Receive, work: Callable[[], Awaitable[Result
         for pending in (watcher, task):
             pending.cancel()
         await asyncio.wait((task, watcher))
-
-
-def _see_exception(task: asyncio.Future[Any]) -> None:
-    """One with which cancelled work ends has nobody to go to, and asyncio would log it as forgotten."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def _disconnected(receive: Receive) -> None:

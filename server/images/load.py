@@ -19,6 +19,7 @@ from server.images.check import CheckedImage, DecodingNeededError, check_image, 
 from server.images.fetch import ImageFetcher
 from server.images.places import ImagePlaces
 from server.settings import Settings
+from server.tasks import see_exception
 from server.telemetry.record import RequestRecord
 
 _CHEAP_PIXELS: Final = 65_536
@@ -84,7 +85,7 @@ class ImageLoader:
         place = AsyncExitStack()
         await place.enter_async_context(self._places.hold(party, cost))
         work = asyncio.ensure_future(self._run(check, place))
-        work.add_done_callback(_read_exception)
+        work.add_done_callback(see_exception)
         return await asyncio.shield(work)
 
     async def _run(self, check: Callable[[], CheckedImage], place: AsyncExitStack) -> CheckedImage:
@@ -96,12 +97,6 @@ class ImageLoader:
         data = await self._fetcher.fetch(item.url, item.url_path, party, lease.add)
         record.image_fetch_seconds.append(time.monotonic() - started)
         return data
-
-
-def _read_exception(work: asyncio.Future[CheckedImage]) -> None:
-    """Nobody may be left to read it, and asyncio would log it."""
-    if not work.cancelled():
-        work.exception()
 
 
 def is_remote(url: str) -> bool:

@@ -5,6 +5,7 @@ What waits is bounded by time, and its number by the requests that connections a
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,6 +15,7 @@ from typing import Final
 from server.admission.load import Load
 from server.admission.party import Party
 from server.admission.queue import Admission
+from server.admission.room import FixedRoom
 from server.errors import OverloadedError
 from server.settings import Settings
 
@@ -29,8 +31,9 @@ class ImagePlaces:
     """
 
     def __init__(self, settings: Settings, num_places: int, activity: str) -> None:
-        unbounded = settings.model_copy(update={"max_queued_requests": sys.maxsize})
-        self._admission = Admission(unbounded, _Room(num_places))
+        # Places are the answers of a batch; cost is not bounded.
+        room = FixedRoom(sys.maxsize, num_places + _FRACTION)
+        self._admission = Admission(settings, room, max_queued=math.inf)
         self._activity = activity
 
     @asynccontextmanager
@@ -55,13 +58,3 @@ class ImagePlaces:
                     retry_after_seconds=error.retry_after_seconds,
                 ) from None
             yield
-
-
-class _Room:
-    """Places are the answers of a batch; cost is not bounded."""
-
-    capacity = sys.maxsize
-    away_cost = away_sequences = 0
-
-    def __init__(self, num_places: int) -> None:
-        self.max_sequences = num_places + _FRACTION

@@ -147,7 +147,7 @@ class LineFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         return escaped(super().formatMessage(record))
 
-    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802
+    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802  # logging's name
         return "\n".join(f"  {escaped(line)}" for line in super().formatException(ei).split("\n"))
 
 

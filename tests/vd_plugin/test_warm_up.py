@@ -23,7 +23,7 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
 class Projection(nn.Linear):
-    def forward(self, rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(self, rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # a stand-in
         return super().forward(rows), None
 
 
@@ -51,7 +51,7 @@ def test_every_stage_scores_and_prunes(boundaries: tuple[int, ...], monkeypatch:
         assert block_table.tolist() == [0], "the block that vLLM keeps for itself"
         return torch.zeros(count, KV_HEADS, WIDTH)
 
-    staged.key_reader = SimpleNamespace(read=read_keys)  # type: ignore[assignment]
+    staged.key_reader = SimpleNamespace(read=read_keys)  # type: ignore[assignment]  # a stand-in
     plans: list[tuple[int, Plan]] = []
 
     def observe(stage: int, req_id: str, span: ImageSpan, scores: Tensor, plan: Plan) -> None:

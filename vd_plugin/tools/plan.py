@@ -28,7 +28,7 @@ from vd_plugin.plan import (
     Request,
     make_plan,
 )
-from vd_plugin.schedule import Budget, parse_budget
+from vd_plugin.schedule import Budget, read_budget
 from vd_plugin.tools.plan_report import render
 from vd_plugin.wire import ERROR_PREFIX
 
@@ -105,7 +105,7 @@ def _layers(text: str) -> list[int]:
 
 def _budget(text: str) -> Budget:
     try:
-        return parse_budget(int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text)
+        return read_budget(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

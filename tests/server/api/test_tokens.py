@@ -11,6 +11,7 @@ from asgi_transport import AsgiTransport
 from fake_engine import FakeEngine
 from gateway import assert_error, make_app
 from images import image
+from wire import until
 
 from server.api.tokens import LONGEST_BYTES
 from server.settings import Settings
@@ -103,9 +104,7 @@ async def test_large_texts_go_to_the_tokenizer_a_few_at_a_time_and_small_ones_pa
     ):
         texts = [asyncio.ensure_future(busy.post("/tokenize", json={"prompt": "x" * 200_000})) for _ in range(5)]
         small = asyncio.ensure_future(quiet.post("/tokenize", json={"prompt": "x"}))
-        async with asyncio.timeout(10):
-            while {"prompt": "x"} not in engine.bodies:  # noqa: ASYNC110  # seen from outside
-                await asyncio.sleep(0.01)
+        await until(lambda: {"prompt": "x"} in engine.bodies)
         assert len(engine.bodies) == 2
         engine.hold_before_answer = False
         for request in (texts[0], small):

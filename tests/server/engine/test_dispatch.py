@@ -14,7 +14,7 @@ from fake_engine import GEOMETRY, FakeEngine
 from gateway import assert_error, bearer, gateway, make_app, write_keys
 from images import ask, image
 from metric_text import metric, metrics_of, until_metric
-from wire import Wire, make_pool
+from wire import Wire, make_pool, until
 
 from server.app import create_app
 from server.engine.client import HttpEngineClient
@@ -207,23 +207,18 @@ async def test_keys_share_the_queue_and_a_limit_of_parallel_requests_holds(engin
     async with gateway(engine, api_keys_file=keys, key_metrics=True, max_queued_requests=4) as client:
         asked = [asyncio.ensure_future(client.post(CHAT, json=TEXT, headers=bearer("busy"))) for _ in range(7)]
         await asyncio.wait_for(engine.asked.wait(), 5)
-        await until_depth(client, 4)
+        client.headers.update(bearer("quiet"))
+        await until_metric(client, "visiondrop_queue_depth", 4)
         assert len(engine.bodies) == 3, "there would be room for all"
         quiet = asyncio.ensure_future(client.post(CHAT, json=TEXT, headers=bearer("quiet")))
-        while len(engine.bodies) < 4:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await until(lambda: len(engine.bodies) == 4)
         engine.hold_before_answer = False
         for request in (*asked[:3], quiet):
             request.cancel()
         assert [answer.status_code for answer in await asyncio.gather(*asked[3:])] == [200] * 4
-        text = (await client.get("/metrics", headers=bearer("quiet"))).text
+        text = await metrics_of(client)
         assert metric(text, 'visiondrop_key_queue_seconds_count{key="busy"}') == 7
         assert metric(text, 'visiondrop_key_queue_seconds_count{key="quiet"}') == 1
-
-
-async def until_depth(client: httpx.AsyncClient, depth: int) -> None:
-    while metric((await client.get("/metrics", headers=bearer("quiet"))).text, "visiondrop_queue_depth") != depth:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
 
 
 async def test_full_queue_turns_away_the_newest_of_the_client_with_the_most_places(engine: FakeEngine) -> None:

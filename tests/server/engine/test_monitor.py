@@ -279,7 +279,7 @@ async def test_engine_is_not_stalled_while_the_gateway_is_late(
         await until(lambda: pool.is_up("0"))
         began = time.monotonic()
         while time.monotonic() - began < 5 * STALL:
-            time.sleep(STALL / 5)  # noqa: ASYNC251
+            time.sleep(STALL / 5)  # noqa: ASYNC251  # what makes the loop late
             await asyncio.sleep(0)
             assert pool.state("0") is EngineState.UP
         engine.is_stalled = True

@@ -36,7 +36,7 @@ def with_room_for(num_connections: int, laws: Callable[[Callable[..., ClientSide
         limits = ConnectionLimits(10, 60, 60, num_connections)
         await laws(partial(ClientSide, app, guard_connections(limits), state))
         for connection in list(state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()  # type: ignore[union-attr]  # it is connected
         await asyncio.sleep(10)
 
     virtual_time.run(run())

@@ -35,7 +35,7 @@ class Pipe:
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
-        self.stream: TextIO = open(self.writer, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        self.stream: TextIO = open(self.writer, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # kept open for the test
 
     def fill(self) -> None:
         os.set_blocking(self.writer, False)
