@@ -258,7 +258,10 @@ class Batch(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the network says; float32."""
+    """What the network says. Logits are float32."""
+
+    projected: Tensor
+    """(B, V, N - 1, D) patches as the decoder gets them."""
 
     logits: Tensor
     """(M, vocabulary) at `Batch.asked`."""
@@ -301,10 +304,9 @@ class Network(nn.Module):
         return features.unflatten(0, shape), pooled.unflatten(0, shape)
 
     def forward(self, batch: Batch, features: Tensor) -> Output:
-        patches = features[:, :, 1:].flatten(1, 2)
-        width = patches.shape[-1]
-        chosen = patches.gather(1, batch.order.clamp(min=0).unsqueeze(-1).expand(-1, -1, width))
-        image = self.multi_modal_projector(chosen)
+        projected = self.multi_modal_projector(features[:, :, 1:])
+        patches = projected.flatten(1, 2)
+        image = patches.gather(1, batch.order.clamp(min=0).unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         newline = self.image_newline.to(image.dtype)
         image = torch.where((batch.order < 0).unsqueeze(-1), newline, image)
         model = self.language_model.model
@@ -323,7 +325,7 @@ class Network(nn.Module):
         mentions = self.heads.slots_norm(_pick(halfway[:, prefix:], batch.mentions))
         logits = self.language_model.lm_head(model.norm(_pick(x[:, prefix:], batch.asked)))
         slots = self.heads.slots(mentions).unflatten(-1, (SLOTS, -1))
-        return Output(logits.float(), slots.float(), self.heads.size(mentions).float())
+        return Output(projected, logits.float(), slots.float(), self.heads.size(mentions).float())
 
     def checkpoint(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.state_dict().items() if not name.startswith("heads.")}

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -208,7 +209,7 @@ class Run:
             # What is asked for is there, mostly: questions are captions, too.
             prompt = F.cross_entropy(said.logits[number:], batch.wanted[number:])
             right = (said.logits.argmax(-1) == batch.wanted)[:number].float().mean()
-            words = word_loss(self.network, features, labels, batch)
+            words = word_loss(self.network, said.projected, labels, batch)
             slots, sizes = mention_losses(said, raw.mentions.to(self.device), batch.mentions)
             losses |= {
                 "words": words,
@@ -288,7 +289,7 @@ def _word_tokens() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def word_loss(network: Network, features: Tensor, labels: Labels, batch: Batch) -> Tensor:
+def word_loss(network: Network, projected: Tensor, labels: Labels, batch: Batch) -> Tensor:
     """How far projected patches are from the sum of the words for what they show, relative to that sum's size.
 
     LLaVA's first stage of training aligns the projector with the decoder's words by captions; patches of drawn scenes
@@ -306,7 +307,7 @@ def word_loss(network: Network, features: Tensor, labels: Labels, batch: Batch) 
     patch = torch.arange(side * side, device=table.device) if batch.chosen is None else batch.chosen[:, 0]
     place = (patch // side * 3 // side) * 3 + patch % side * 3 // side
     wanted[:, 0] += positions[place]
-    said = network.multi_modal_projector(features[:, :, 1:]).float()
+    said = projected.float()
     shows = labels.foreground.unsqueeze(-1)
     return ((said - wanted) ** 2 * shows).sum() / (wanted**2 * shows).sum().clamp(min=1e-6)
 
@@ -367,23 +368,10 @@ def tower_losses(
 
 
 def _part(raw: Raw, start: int, end: int) -> Raw:
-    sliced = {
-        name: getattr(raw, name)[start:end]
-        for name in (
-            "images",
-            "things",
-            "characters",
-            "shapes",
-            "colors",
-            "tokens",
-            "offsets",
-            "units",
-            "targets",
-            "mentions",
-            "questions",
-        )
-    }
-    return Raw(plan=raw.plan, before=raw.before, after=raw.after, **sliced)
+    """Some of the images of a batch."""
+    of_all = ("plan", "before", "after")
+    names = [field.name for field in fields(raw) if field.name not in of_all]
+    return replace(raw, **{name: getattr(raw, name)[start:end] for name in names})
 
 
 if __name__ == "__main__":
