@@ -353,7 +353,9 @@ def test_normalising_takes_little_more_than_four_times_the_pixels(mode: str) -> 
     data = encode(Image.new(mode, (5000, 3000)), "JPEG" if mode == "CMYK" else "PNG")
     fate, peak = peak_of(data)
     assert fate == "normalised"
-    assert 5000 * 3000 < peak < 4.2 * 3 * 5000 * 3000
+    pixels = 3 * 5000 * 3000
+    # A fifth copy would show; pages of two megabytes, which some machines give, do not.
+    assert pixels / 3 < peak < 4.5 * pixels
 
 
 @reads_the_peak
