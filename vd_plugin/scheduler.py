@@ -26,7 +26,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request
 
-from vd_plugin.kv_cache import StagedKVCacheManager
+from vd_plugin.kv_cache import StagedKVCache
 from vd_plugin.request_checks import unsupported
 from vd_plugin.spans import ImageSpan, before_images, read_spans, whole_images
 from vd_plugin.validation import check_final
@@ -35,18 +35,15 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class VisionDropScheduler(AsyncScheduler):
+    kv_cache_manager: StagedKVCache
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_final(self.vllm_config)
         self._spans: WeakKeyDictionary[Request, tuple[ImageSpan, ...]] = WeakKeyDictionary()
-        self._cached_this_step: set[int] = set()
-        """Blocks that were offered to the prefix cache since the step began: they are still to be filled."""
         self._found_unfilled: Request | None = None
-        """The request that is being admitted, if its beginning was found in such blocks."""
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, StagedKVCacheManager):
-                manager.spans_of = lambda request_id: self._spans_of(self.requests[request_id])
-                manager.cached_this_step = self._cached_this_step
+        """The request that is being admitted, if its beginning was found in blocks that the same step is to fill."""
+        self.kv_cache_manager = StagedKVCache(self.kv_cache_manager, self._spans_of)
 
     def _spans_of(self, request: Request) -> tuple[ImageSpan, ...]:
         if request.streaming_queue is not None:  # a session, which grows
@@ -56,7 +53,7 @@ class VisionDropScheduler(AsyncScheduler):
         return self._spans[request]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        self._cached_this_step.clear()
+        self.kv_cache_manager.cached_this_step.clear()
         self._found_unfilled = None
         if self.policy == SchedulingPolicy.PRIORITY:
             # vLLM preempts the least urgent request, even one that this step has scheduled already. Its blocks and its
@@ -81,7 +78,7 @@ class VisionDropScheduler(AsyncScheduler):
 
     def _is_filled(self, blocks: KVCacheBlocks) -> bool:
         """Whether earlier steps have written all of these blocks."""
-        unfilled = self._cached_this_step
+        unfilled = self.kv_cache_manager.cached_this_step
         return not unfilled or all(block.block_id not in unfilled for group in blocks.blocks for block in group)
 
     def _try_schedule_encoder_inputs(
@@ -97,6 +94,9 @@ class VisionDropScheduler(AsyncScheduler):
         vLLM's own `disable_chunked_mm_input` does not hold for an image that begins where the step begins. It cannot
         starve: running requests are served in order, and a step has room for every decode beside the largest image.
         """
+        last = request.mm_features[-1].mm_position
+        if num_computed_tokens >= last.offset + last.length:
+            return [], num_new_tokens, encoder_compute_budget, [], []
         spans = self._spans_of(request)
         reason = unsupported(request.sampling_params, request.streaming_queue is not None) if spans else None
         if reason:

@@ -90,6 +90,10 @@ SIGNATURES = {
         "encoder_compute_budget",
         "shift_computed_tokens",
     ],
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": ["self", "request", "num_new_tokens"],
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.cache_blocks": ["self", "request", "num_computed_tokens"],
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.free": ["self", "request"],
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.pop_blocks_for_free": ["self", "request"],
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks": [
         "self",
         "request",
