@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vd_plugin.cpu.amx import request_tiles
 from vd_plugin.cpu.interpreter import patch_masked_store, patch_top_k_top_p
+from vd_plugin.cpu.kernels import replace_kernels
 from vd_plugin.flashinfer import choose_sampler
 from vd_plugin.options import ARCHITECTURES
 
@@ -30,6 +31,7 @@ def register() -> None:
     request_tiles()
     patch_masked_store()
     patch_top_k_top_p()
+    replace_kernels()
     choose_sampler()
     known = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES.values():

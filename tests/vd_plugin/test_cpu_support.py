@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -135,6 +137,14 @@ def test_the_likeliest_tokens_are_chosen_without_the_interpreter(monkeypatch: py
     monkeypatch.delattr(sampler, "apply_top_k_top_p_pytorch")
     with pytest.raises(RuntimeError, match="has changed"):
         patch_top_k_top_p()
+
+
+def test_registering_replaces_kernels_and_imports_none_of_them() -> None:
+    """vLLM's CPU worker mends modules that the kernels' take names from: it must come first."""
+    code = "import sys; from vd_plugin.register import register; register(); "
+    code += "from triton.runtime.interpreter import InterpretedFunction as kernel; "
+    code += "print(hasattr(kernel.run, 'replaces_kernels'), 'vllm.v1.worker.gpu.buffer_utils' in sys.modules)"
+    assert run(code).splitlines()[-1] == "True False"
 
 
 def test_amx_is_asked_for_on_cpu_engines_alone() -> None:
