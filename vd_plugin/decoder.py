@@ -10,8 +10,8 @@ Upstream: `vllm/model_executor/models/llama.py`, whose model loop this replaces 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +19,18 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vd_plugin.image_batches import ImageKeys, StageImages, Wave, batch_images, portions
 from vd_plugin.key_reader import KeyReader
 from vd_plugin.schedule import TokenSplit
-from vd_plugin.selection import Plan, apply, attention_received, select
+from vd_plugin.segments import Segment
+from vd_plugin.selection import Plan, apply, attention_received, images_at_once, select
 from vd_plugin.spans import ImageSpan
-from vd_plugin.step_layout import ImageRows, PrunedRequest, RequestRows, StageRows, StepLayout, plan_stages
+from vd_plugin.stage_graphs import StageGraphs
+from vd_plugin.step_layout import PrunedRequest, RequestRows, StepLayout, plan_stages
 from vd_plugin.tensor_parallel import mean_over_ranks
+
+_POOL_ELEMENTS = 1 << 26
+"""Keys of requests that are pruned together: 16,384 of Vicuna-7B, 128 MiB. Contexts may be long, and requests many."""
 
 
 class Observer(Protocol):
@@ -33,12 +39,27 @@ class Observer(Protocol):
     def __call__(self, stage: int, req_id: str, span: ImageSpan, scores: Tensor, plan: Plan) -> None: ...
 
 
+class PrunedBatch(NamedTuple):
+    """Images that were pruned together."""
+
+    images: tuple[ImageKeys, ...]
+    scores: Tensor
+    """(images, M)."""
+    plan: Plan
+    kept: Tensor
+    """(images, rows that stay, D)."""
+
+
 class StagedDecoder:
     """Runs a Llama-shaped decoder (`layers`, `norm`) stage by stage."""
 
-    def __init__(self, model: Any, boundaries: Sequence[int]) -> None:
+    def __init__(self, model: Any, edges: Sequence[int], segments: Sequence[Segment]) -> None:
+        """Take a decoder and its segments: of stage k, layers edges[k]..edges[k + 1]."""
         self.model = model
-        self.edges = (0, *boundaries, len(model.layers))
+        self.edges = edges
+        self.segments = segments
+        self.graphs: StageGraphs | None = None
+        """Set where the runner's own inputs are known."""
         self.key_reader: KeyReader | None = None
         self.observer: Observer | None = None
 
@@ -48,20 +69,20 @@ class StagedDecoder:
         return [self.model.layers[depth] for depth in self.edges[1:-1]]
 
     def run(self, hidden: Tensor, positions: Tensor, layout: StepLayout) -> Tensor:
-        """(T, D) embeddings -> (T, D) final hidden states, one row for each token before pruning."""
+        """(T, D) embeddings -> (T, D) final hidden states, one row for each token before pruning.
+
+        May write into `hidden`.
+        """
         if layout.slot_mapping:
             get_forward_context().slot_mapping.update(layout.slot_mapping)
-        residual = None
-        for stage in range(len(self.edges) - 1):
-            if stage > 0:
-                positions = layout.positions[stage - 1]
-                if layout.stages:
-                    stream = hidden if residual is None else hidden + residual
-                    hidden, residual = self._prune(stage, stream, layout), None
-            for layer in self.model.layers[self.edges[stage] : self.edges[stage + 1]]:
-                hidden, residual = layer(positions, hidden, residual)
-        hidden, _ = self.model.norm(hidden, residual)
-        return hidden if layout.logits_rows is None else hidden[layout.logits_rows]
+        stream: Tensor = self.segments[0](positions, hidden)
+        for stage, segment in enumerate(self.segments[1:], start=1):
+            if layout.stages:
+                # Behind the rows of the step there may be padding.
+                stream = self._prune(stage, stream[: layout.num_rows(stage - 1)], layout)
+            assert self.graphs is not None
+            stream = self.graphs.run(stage, segment, layout.positions[stage - 1], stream, pruned=bool(layout.stages))
+        return stream if layout.logits_rows is None else stream[layout.logits_rows]
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -83,63 +104,90 @@ class StagedDecoder:
 
     def _prune(self, stage: int, stream: Tensor, layout: StepLayout) -> Tensor:
         """Rows of stage - 1 -> rows of `stage`: images replaced by what they keep, everything else as it is."""
-        rows: StageRows = layout.stages[stage - 1]
-        pieces = []
-        done = 0
-        for request in rows.requests:
-            block_table = layout.block_tables[stage - 1][request.request.batch_index]
-            for image, kept in self._prune_request(stage, stream[request.start : request.end], request, block_table):
-                pieces += [stream[done : image.start], kept]
-                done = image.start + image.span.rows[stage - 1]
-        return torch.cat((*pieces, stream[done:])) if pieces else stream
+        requests = layout.stages[stage - 1].requests
+        max_keys = _POOL_ELEMENTS // self.entry_layers[stage - 1].self_attn.kv_size
+        pruned: list[PrunedBatch] = []
+        for portion in portions(requests, max_keys):
+            pruned += self._prune_requests(stage, stream, portion, layout.block_tables[stage - 1])
+        if not pruned:
+            return stream
 
-    def _prune_request(
-        self, stage: int, stream: Tensor, request: RequestRows, block_table: Tensor
-    ) -> list[tuple[ImageRows, Tensor]]:
-        """Prune the images of one request, in order: an image sees the earlier ones as they are after this stage.
-
-        Args:
-            stream: (N, D) the request's rows of this step, up to the end of its last image.
-        """
-        layer = self.entry_layers[stage - 1]
-        positions = async_tensor_h2d(_positions(stage, request, len(stream)), device=stream.device)
-        queries, keys = self._project(layer, stream, positions)
-        attention = layer.self_attn.attn
-        before = [keys[:0]]
-        if request.context:
-            assert self.key_reader is not None
-            before = [self.key_reader.read(attention.kv_cache, block_table, request.context)]
-        done = gone = 0
-        results: list[tuple[ImageRows, Tensor]] = []
-        for image in request.images:
-            rows = slice(image.offset, image.offset + image.span.rows[stage - 1])
-            split = image.span.splits[stage - 1]
-            assert split is not None
-            before.append(keys[done : rows.start])
-            scores, metric = self._score(queries[rows], torch.cat((*before, keys[rows])))
-            plan = select(scores, metric, *split)
+        pieces, done = [], 0
+        placed = [(image, batch, place) for batch in pruned for place, image in enumerate(batch.images)]
+        for each, batch, place in sorted(placed, key=lambda one: one[0].image.start):
             if self.observer is not None:
-                self.observer(stage, request.request.req_id, image.span, scores, plan)
-            kept = apply(plan, stream[rows])
-            results.append((image, kept))
-            done = rows.stop
-            if image is not request.images[-1]:
-                start = request.context + rows.start - gone
-                positions = torch.arange(start, start + len(kept), device=stream.device)
-                before.append(self._project(layer, kept, positions)[1])
-                gone += (rows.stop - rows.start) - len(kept)
-        return results
+                plan = Plan(*(part[place] for part in batch.plan))
+                self.observer(stage, each.request.request.req_id, each.image.span, batch.scores[place], plan)
+            pieces += [stream[done : each.image.start], batch.kept[place]]
+            done = each.image.start + each.image.span.rows[stage - 1]
+        return torch.cat((*pieces, stream[done:]))
 
-    def _score(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (M,) and key metric (M, d) of an image, means over all heads of all ranks.
+    def _prune_requests(
+        self, stage: int, stream: Tensor, requests: Sequence[RequestRows], block_table: Tensor
+    ) -> list[PrunedBatch]:
+        """Prune all images of some requests; `block_table` (R, blocks) is that of the new stage."""
+        assert self.key_reader is not None
+        images = batch_images(stage, requests, self.key_reader.block_shape[0])
+        indices = _to_device(images, stream.device)
+        layer = self.entry_layers[stage - 1]
+        rows = stream.index_select(0, next(indices))
+        queries, keys = self._project(layer, rows, next(indices))
+        metric = keys.mean(dim=1, dtype=torch.promote_types(keys.dtype, torch.float32))
+        owners, numbers = next(indices), next(indices)
+        pool = keys
+        if len(owners):
+            read = self.key_reader.read(layer.self_attn.attn.kv_cache, block_table[owners, numbers])
+            pool = torch.cat((keys, read))
+        pruned: list[PrunedBatch] = []
+        for wave in images.waves:
+            batches = self._prune_wave(wave, indices, rows, queries, metric, pool)
+            pruned += batches
+            positions = next(indices)
+            if wave.followed:
+                followed = torch.cat([batches[number].kept[place] for number, place in wave.followed])
+                pool = torch.cat((pool, self._project(layer, followed, positions)[1]))
+        return pruned
+
+    def _prune_wave(
+        self, wave: Wave, indices: Iterator[Tensor], rows: Tensor, queries: Tensor, metric: Tensor, pool: Tensor
+    ) -> list[PrunedBatch]:
+        """Prune images that see nothing of each other.
 
         Args:
-            queries: (M, heads, d) of the image.
-            keys: (N, kv_heads, d) of everything up to the image's end.
+            indices: whose next ones are the places of each batch's keys in the pool.
+            rows, queries, metric: (P, D), (P, heads, d) and (P, d), of the rows that are projected.
+            pool: (keys, kv_heads, d), first those of `rows`.
         """
-        count, heads, _ = queries.shape
-        received = attention_received(queries.transpose(0, 1), keys.transpose(0, 1))
-        return mean_over_ranks(received / (heads * count)), mean_over_ranks(keys[-count:].float().mean(dim=1))
+        scores, places = [], []
+        for batch in wave.batches:
+            arrays = [next(indices) for _ in batch.key_arrays()]
+            own = [array[:, -batch.num_rows :].contiguous() for array in arrays]
+            scores.append(_join([self._score(queries, pool, *each) for each in zip(own, arrays, strict=True)]))
+            places.append(_join(own))
+        means = mean_over_ranks(*scores, *(_take(metric, place) for place in places))
+        pruned = []
+        for number, (batch, place) in enumerate(zip(wave.batches, places, strict=True)):
+            plan = select(means[number], means[len(places) + number], *batch.split)
+            pruned.append(PrunedBatch(batch.images, means[number], plan, apply(plan, _take(rows, place))))
+        return pruned
+
+    @staticmethod
+    def _score(queries: Tensor, pool: Tensor, own: Tensor, places: Tensor) -> Tensor:
+        """Scores (images, M) of images, means over all heads of this rank.
+
+        Args:
+            queries: (P, heads, d).
+            pool: (keys, kv_heads, d).
+            own: (images, M), places of each image's queries.
+            places: (images, N), of each image's keys in the pool, of which the last M are its own.
+        """
+        heads, width = queries.shape[1:]
+        at_once = images_at_once(heads, own.shape[1], places.shape[1], width)
+        received = []
+        for mine, all_keys in zip(own.split(at_once), places.split(at_once), strict=True):
+            asking, asked = _take(queries, mine), _take(pool, all_keys)
+            received.append(attention_received(asking.transpose(1, 2), asked.transpose(1, 2)))
+        return _join(received) / (heads * own.shape[1])
 
     @staticmethod
     def _project(layer: Any, stream: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,10 +199,21 @@ class StagedDecoder:
         return query.unflatten(-1, (-1, attention.head_dim)), key.unflatten(-1, (-1, attention.head_dim))
 
 
-def _positions(stage: int, request: RequestRows, count: int) -> Tensor:
-    """(count,) positions at which rows are scored: those of the new stage, but with the image itself still whole."""
-    positions = torch.arange(request.context, request.context + count)
-    for image in request.images:
-        behind = image.offset + image.span.rows[stage - 1]
-        positions[behind:] -= image.span.rows[stage - 1] - image.span.rows[stage]
-    return positions
+def _to_device(images: StageImages, device: torch.device) -> Iterator[Tensor]:
+    """All of a stage's indices by one copy: in the order of the fields, and for each wave its batches' keys first."""
+    arrays = [images.rows, images.positions, images.block_owners, images.block_numbers]
+    for wave in images.waves:
+        arrays += [array for batch in wave.batches for array in batch.key_arrays()]
+        arrays.append(wave.positions)
+    packed = async_tensor_h2d(np.concatenate([array.ravel() for array in arrays]), device=device)
+    parts = packed.split([array.size for array in arrays])
+    return (part.view(array.shape) for part, array in zip(parts, arrays, strict=True))
+
+
+def _take(tensor: Tensor, places: Tensor) -> Tensor:
+    """Rows of a tensor (rows, ...) at places (images, N) -> (images, N, ...)."""
+    return tensor.index_select(0, places.flatten()).view(*places.shape, *tensor.shape[1:])
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))

@@ -63,13 +63,12 @@ class KeyReader:
             )
         self.places = torch.empty_like(numbers).scatter_(0, found[places], places)
 
-    def read(self, cache: Tensor, block_table: Tensor, count: int) -> Tensor:
-        """The first `count` keys of a request: (count, kv_heads, head_size).
+    def read(self, cache: Tensor, blocks: Tensor) -> Tensor:
+        """The keys of some blocks, one block after another: (blocks * block size, kv_heads, head_size).
 
         Args:
             cache: KV cache of a layer of the same arrangement.
-            block_table: (blocks,) the request's row.
+            blocks: (blocks,) their numbers.
         """
-        block_size = self.block_shape[0]
-        blocks = cache[block_table[: -(-count // block_size)].long()].flatten(1)
-        return blocks[:, self.places].view(-1, *self.block_shape[1:])[:count]
+        rows = cache.index_select(0, blocks).flatten(1)
+        return rows.index_select(1, self.places).view(-1, *self.block_shape[1:])

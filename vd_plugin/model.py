@@ -28,6 +28,7 @@ from vd_plugin.kv_cache import StagedAttentionSpec
 from vd_plugin.options import read_geometry
 from vd_plugin.processor import LlavaBudgetInfo, LlavaBudgetProcessor, LlavaNextBudgetInfo, LlavaNextBudgetProcessor
 from vd_plugin.schedule import TokenSplit
+from vd_plugin.segments import cut
 from vd_plugin.step_layout import StepLayout
 from vd_plugin.validation import check_decoder
 from vd_plugin.vision import PrunedTiles, TileFeatures, order_image, prune_tiles, run_tower
@@ -49,10 +50,11 @@ class _StagedPruning:
         self.geometry = read_geometry(vllm_config.model_config.hf_config)
         decoder = self.language_model.model
         check_decoder(decoder, self.geometry)
-        self.decoder = StagedDecoder(decoder, self.geometry.boundaries)
+        edges = (0, *self.geometry.boundaries, len(decoder.layers))
+        self.decoder = StagedDecoder(decoder, edges, cut(decoder, edges, vllm_config))
         # vLLM asks every attention layer for the kind of KV cache it needs; the kind of ours depends on its stage.
         for stage, num_layers in enumerate(self.geometry.layers_per_stage if self.geometry.boundaries else ()):
-            first = self.decoder.edges[stage]
+            first = edges[stage]
             for layer in decoder.layers[first : first + num_layers]:
                 attention = layer.self_attn.attn
                 attention.get_kv_cache_spec = partial(_staged_kv_cache_spec, attention.get_kv_cache_spec, stage)

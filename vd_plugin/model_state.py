@@ -1,7 +1,7 @@
 """Per-request state of pruning in the model runner, and the attention metadata of every stage.
 
-A decode-only step costs a few tensor operations whatever the number of requests: each request's lost rows are kept on
-the device by slot, and positions, lengths and KV slots of all stages follow from the step's own. Nothing waits for the
+A decode-only step costs one kernel whatever the number of requests: each request's lost rows are kept by slot where the
+device reads them, and positions, lengths and KV slots of all stages follow from the step's own. Nothing waits for the
 device. Steps that prune run eagerly and loop over the requests whose images they compute.
 
 Captured CUDA graphs read positions, sequence lengths and slots from the buffers that are filled here before a replay.
@@ -11,7 +11,9 @@ Upstream: `vllm/v1/worker/gpu/model_states/default.py` (vLLM 0.32, second model 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,11 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -34,8 +36,11 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vd_plugin.kv_cache import StagedAttentionSpec
+from vd_plugin.row_layout import StageBuffers, StageGroup, StepRows, lay_out_rows
+from vd_plugin.row_layout_kernel import RowLayoutKernel
 from vd_plugin.spans import ImageSpan, dropped_before, read_spans
-from vd_plugin.step_layout import PrunedRequest, StepLayout, final_rows, plan_stages, slots_of
+from vd_plugin.stage_graphs import StageGraphs
+from vd_plugin.step_layout import PrunedRequest, StepLayout, final_rows, plan_stages
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -65,12 +70,18 @@ class StagedModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         num_stages = len(model.geometry.boundaries)
         self.num_stages = num_stages
-        # Rows that each request has lost so far at stages 1.., on the host and on the device, by request slot.
-        self.drops_np = np.zeros((num_stages, self.max_num_reqs), dtype=np.int32)
-        self.drops = torch.zeros(num_stages, self.max_num_reqs, dtype=torch.int32, device=device)
+        # Rows that each request has lost so far at stages 1.., by request slot: written on the host, and handed to the
+        # device once a step, if at all. It has as many buffers as there are steps in flight.
+        self.drops = UvaBackedTensor((num_stages, self.max_num_reqs), dtype=torch.int32)
+        self.drops_changed = False
         # Read by captured graphs.
         self.positions = torch.zeros(num_stages, self.max_num_tokens, dtype=torch.int64, device=device)
         self.seq_lens = torch.zeros(num_stages, self.max_num_reqs, dtype=torch.int32, device=device)
+        self.buffers = StageBuffers(self.positions, self.seq_lens)
+        compilation, config = vllm_config.compilation_config, vllm_config.model_config
+        has_pieces = compilation.cudagraph_mode.has_piecewise_cudagraphs()
+        max_rows = max(compilation.cudagraph_capture_sizes) if has_pieces else 0
+        model.decoder.graphs = StageGraphs(self.positions, max_rows, config.get_hidden_size(), config.dtype)
 
         self.pending: dict[str, tuple[ImageSpan, ...]] = {}
         """Request id -> its images that are still to be computed."""
@@ -80,6 +91,7 @@ class StagedModelState(DefaultModelState):
         self.layout_batch: InputBatch | None = None
         self.stage_groups: list[list[int]] = []
         """Stage -> its KV-cache groups."""
+        self.lay_out_rows: Callable[[StepRows, Tensor, StageBuffers, Tensor], None]
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
@@ -93,7 +105,8 @@ class StagedModelState(DefaultModelState):
             self.pending[req_id] = pending
         # A slot is reused, and a preempted request comes back with other counts: write it at every add.
         drops = [dropped_before(spans, stage, num_computed) for stage in range(1, self.num_stages + 1)]
-        self._set_drops(req_index, np.array(drops, dtype=np.int32))
+        self.drops.np[:, req_index] = drops
+        self.drops_changed = True
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
@@ -113,6 +126,16 @@ class StagedModelState(DefaultModelState):
                 )
             groups[spec.stage].append(group_id)
         self.stage_groups = groups
+        later = [
+            StageGroup(stage, group, block_tables.block_sizes[group], block_tables.input_block_tables[group])
+            for stage, of_stage in enumerate(groups[1:], start=1)
+            for group in of_stage
+        ]
+        # Triton's interpreter would take milliseconds.
+        if current_platform.is_cpu():
+            self.lay_out_rows = partial(lay_out_rows, later)
+        else:
+            self.lay_out_rows = RowLayoutKernel(later, self.device)
         self.model.bind_kv_cache(kv_cache_config)
         if self.vllm_config.cache_config.num_gpu_blocks is None:
             return  # a small cache, thrown away once vLLM has measured what CUDA graphs take
@@ -153,14 +176,20 @@ class StagedModelState(DefaultModelState):
             for_capture=for_capture,
             is_dummy=for_capture or input_batch.req_ids[0] not in self.known,
         )
+        if self.drops_changed:
+            self.drops.copy_to_uva()
+            self.drops_changed = False
         pruned = [] if step.is_dummy else self._pruned_requests(input_batch)
+        row_starts: Tensor | None = None
         if pruned:
             assert not is_full_graph, "a step that prunes has no graph"
-            layout = self._lay_out_pruning(step, pruned)
+            layout, row_starts = self._lay_out_pruning(step, pruned)
         else:
             layout = self._lay_out(step)
+        bounds = self._bound_lengths(step, layout)
         for stage in range(1, self.num_stages + 1):
-            metadata |= self._build_metadata(step, stage, layout)
+            starts = input_batch.query_start_loc if row_starts is None else row_starts[stage - 1]
+            metadata |= self._build_metadata(step, stage, layout, starts, bounds[stage - 1])
         self._advance(pruned)
         self.layout, self.layout_batch = layout, input_batch
         return metadata
@@ -194,79 +223,63 @@ class StagedModelState(DefaultModelState):
 
     def _lay_out(self, step: StepInputs) -> StepLayout:
         """A step without images to prune: every request is shifted by what it has lost before."""
-        input_batch, block_tables, slot_mappings = step.batch, step.block_tables, step.slot_mappings
-        num_reqs, num_tokens = input_batch.num_reqs, input_batch.num_tokens
-        self.seq_lens[:, num_reqs:] = 0
-        self.positions[:, num_tokens : input_batch.num_tokens_after_padding] = 0
-        positions = self.positions[:, :num_tokens]
+        batch = step.batch
         if step.is_dummy:
             # Its slots are padding, and its requests are none of ours.
-            self.seq_lens[:, :num_reqs] = input_batch.seq_lens[:num_reqs]
-            positions.copy_(input_batch.positions[:num_tokens].expand_as(positions))
-            return StepLayout(list(self.positions[:, : input_batch.num_tokens_after_padding]))
-        drops = self.drops[:, input_batch.idx_mapping]
-        torch.sub(input_batch.seq_lens[:num_reqs], drops, out=self.seq_lens[:, :num_reqs])
-        owner = self._owners(input_batch)
-        torch.sub(input_batch.positions[:num_tokens], drops[:, owner], out=positions)
-        for stage in range(1, self.num_stages + 1):
+            self.seq_lens[:, : batch.num_reqs] = batch.seq_lens[: batch.num_reqs]
+            self.seq_lens[:, batch.num_reqs :] = 0
+            self.positions[:, : batch.num_tokens] = batch.positions[: batch.num_tokens]
+            self.positions[:, batch.num_tokens : batch.num_tokens_after_padding] = 0
+        else:
+            num_rows = [batch.num_tokens] * self.num_stages
+            rows = StepRows(batch.idx_mapping, batch.query_start_loc, batch.positions, num_rows, row_starts=None)
+            self.lay_out_rows(rows, self.drops.gpu, self.buffers, step.slot_mappings)
+        return StepLayout(list(self.positions[:, : batch.num_tokens_after_padding]))
+
+    def _lay_out_pruning(self, step: StepInputs, pruned: list[PrunedRequest]) -> tuple[StepLayout, Tensor]:
+        """A step that prunes, and the first row of each request at stages 1.. of it, (stages, R + 1) int32."""
+        batch, slot_mappings = step.batch, step.slot_mappings
+        lengths = batch.num_scheduled_tokens[: batch.num_reqs].astype(np.int32)
+        stages = plan_stages(lengths, pruned, self.drops.np, self.num_stages)
+        starts = np.stack([stage.starts for stage in stages])
+        logits_rows = final_rows(lengths, pruned, stages[-1], self.num_stages)
+        # One copy to the device.
+        packed = async_tensor_h2d(np.concatenate((starts.ravel(), logits_rows.astype(np.int32))), device=self.device)
+        row_starts = packed[: starts.size].view(starts.shape)
+        num_rows = [stage.num_rows for stage in stages]
+        rows = StepRows(batch.idx_mapping, batch.query_start_loc, batch.positions, num_rows, row_starts)
+        self.lay_out_rows(rows, self.drops.gpu, self.buffers, slot_mappings)
+
+        layout = StepLayout([], stages, logits_rows=packed[starts.size :].to(torch.int64))
+        for stage, count in enumerate(num_rows, start=1):
+            layout.positions.append(self.positions[stage - 1, :count])
+            layout.block_tables.append(step.block_tables[self.model.entry_groups[stage - 1]])
             for group in self.stage_groups[stage]:
-                block_size = step.kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size
-                slots = slots_of(positions[stage - 1], owner, block_tables[group], block_size)
-                slot_mappings[group, :num_tokens] = slots
-        return StepLayout(list(self.positions[:, : input_batch.num_tokens_after_padding]))
+                layer_names = step.kv_cache_config.kv_cache_groups[group].layer_names
+                layout.slot_mapping |= dict.fromkeys(layer_names, slot_mappings[group, :count])
+        return layout, row_starts
 
-    def _owners(self, input_batch: InputBatch) -> Tensor:
-        """(T,) batch index of each token's request."""
-        tokens = torch.arange(input_batch.num_tokens, device=self.device)
-        if input_batch.num_tokens == input_batch.num_reqs:
-            return tokens
-        ends = input_batch.query_start_loc[1 : input_batch.num_reqs + 1]
-        return torch.searchsorted(ends, tokens.to(ends.dtype), right=True)
+    def _bound_lengths(self, step: StepInputs, layout: StepLayout) -> Tensor:
+        """(stages, R) upper bounds of the sequence lengths at stages 1.., on the host."""
+        batch = step.batch
+        bounds = np.tile(batch.seq_lens_cpu_upper_bound[: step.num_reqs].numpy(), (self.num_stages, 1))
+        if not step.is_dummy:
+            bounds[:, : batch.num_reqs] -= self.drops.np[:, batch.idx_mapping_np]
+            for bound, rows in zip(bounds, layout.stages, strict=False):
+                bound[: batch.num_reqs] -= batch.num_scheduled_tokens[: batch.num_reqs] - rows.lengths
+        return torch.from_numpy(bounds)
 
-    def _lay_out_pruning(self, step: StepInputs, pruned: list[PrunedRequest]) -> StepLayout:
-        input_batch, block_tables, slot_mappings = step.batch, step.block_tables, step.slot_mappings
-        num_reqs = input_batch.num_reqs
-        lengths = input_batch.num_scheduled_tokens[:num_reqs].astype(np.int32)
-        stages = plan_stages(lengths, pruned, self.drops_np, self.num_stages)
-        first_rows = input_batch.query_start_loc[:num_reqs].to(torch.int64)
-        first_positions = input_batch.positions[first_rows] - self.drops[:, input_batch.idx_mapping]
-        layout = StepLayout([], stages)
-        for stage, rows in enumerate(stages, start=1):
-            owner = async_tensor_h2d(np.repeat(np.arange(num_reqs), rows.lengths), device=self.device)
-            starts = async_tensor_h2d(rows.starts[:-1].astype(np.int64), device=self.device)
-            first = first_positions[stage - 1]
-            positions = torch.arange(rows.num_rows, device=self.device) + (first - starts)[owner]
-            self.seq_lens[stage - 1, :num_reqs] = first + async_tensor_h2d(rows.lengths, device=self.device)
-            self.seq_lens[stage - 1, num_reqs:] = 0
-            layout.positions.append(positions)
-            for group in self.stage_groups[stage]:
-                kv_group = step.kv_cache_config.kv_cache_groups[group]
-                slots = slots_of(positions, owner, block_tables[group], kv_group.kv_cache_spec.block_size)
-                slot_mappings[group] = PAD_SLOT_ID
-                slot_mappings[group, : rows.num_rows] = slots
-                layout.slot_mapping |= dict.fromkeys(kv_group.layer_names, slot_mappings[group, : rows.num_rows])
-            layout.block_tables.append(block_tables[self.model.entry_groups[stage - 1]])
-        layout.logits_rows = async_tensor_h2d(
-            final_rows(lengths, pruned, stages[-1], self.num_stages).astype(np.int64), device=self.device
-        )
-        return layout
-
-    def _build_metadata(self, step: StepInputs, stage: int, layout: StepLayout) -> dict[str, Any]:
+    def _build_metadata(
+        self, step: StepInputs, stage: int, layout: StepLayout, query_starts: Tensor, bound: Tensor
+    ) -> dict[str, Any]:
         input_batch, num_reqs, slot_mappings = step.batch, step.num_reqs, step.slot_mappings
         rows = layout.stages[stage - 1] if layout.stages else None
         if rows is None:
-            query_starts, starts_np = input_batch.query_start_loc, input_batch.query_start_loc_np
-            lengths, num_rows = input_batch.num_scheduled_tokens, step.num_tokens
+            starts_np, lengths = input_batch.query_start_loc_np, input_batch.num_scheduled_tokens
+            num_rows = step.num_tokens
         else:
-            query_starts, starts_np = async_tensor_h2d(rows.starts, device=self.device), rows.starts
-            lengths, num_rows = rows.lengths, rows.num_rows
+            starts_np, lengths, num_rows = rows.starts, rows.lengths, rows.num_rows
             slot_mappings = slot_mappings[:, :num_rows]
-        bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs].clone()
-        if not step.is_dummy:
-            gone = self.drops_np[stage - 1, input_batch.idx_mapping_np]
-            if rows is not None:
-                gone = gone + input_batch.num_scheduled_tokens[: input_batch.num_reqs] - rows.lengths
-            bound[: input_batch.num_reqs] -= torch.from_numpy(gone).to(bound.dtype)
         metadata: dict[str, Any] = build_attn_metadata(
             attn_groups=self._of_stage(step.attn_groups, stage),
             num_reqs=num_reqs,
@@ -292,14 +305,11 @@ class StagedModelState(DefaultModelState):
         """After the layout of a step that prunes: the images' rows are gone for all steps to come."""
         for request in pruned:
             gone = [sum(span.dropped(stage) for span in request.spans) for stage in range(1, self.num_stages + 1)]
-            self._set_drops(request.slot, self.drops_np[:, request.slot] + np.array(gone, dtype=np.int32))
+            self.drops.np[:, request.slot] += gone
+            self.drops_changed = True
             rest = self.pending.pop(request.req_id)[len(request.spans) :]
             if rest:
                 self.pending[request.req_id] = rest
-
-    def _set_drops(self, slot: int, drops: np.ndarray) -> None:
-        self.drops_np[:, slot] = drops
-        self.drops[:, slot] = async_tensor_h2d(drops, device=self.device)
 
     def _of_stage(self, attn_groups: list[list[AttentionGroup]], stage: int) -> list[list[AttentionGroup]]:
         mine = set(self.stage_groups[stage])

@@ -30,7 +30,8 @@ def engine_args(model: str, *, visiondrop: Mapping[str, Any] | None = None, **ov
         model: folder or model id of a LLaVA-NeXT or LLaVA-1.5 checkpoint.
         visiondrop: options of the plugin; `layers` holds the three depths of the decoder after which images are
             pruned again (by default after a quarter, a half and three quarters of its layers), [] prunes at the
-            encoder alone; `allow_processor_kwargs` names arguments of the image processor that requests may set.
+            encoder alone; `compile` says whether the stages are compiled (by default on a GPU, where vLLM compiles);
+            `allow_processor_kwargs` names arguments of the image processor that requests may set.
         overrides: any other engine argument; an `hf_overrides` mapping is merged with ours, and its `visiondrop` entry
             stands where the argument of that name is not given.
 
@@ -60,6 +61,8 @@ class PluginOptions:
 
     layers: tuple[int, ...] | None
     """Depths of the decoder after which images are pruned again; None for the default ones."""
+    compile: bool | None
+    """Whether vLLM may compile the stages of the decoder; None for its default, but not on a machine without a GPU."""
     allow_processor_kwargs: frozenset[str]
     """Arguments of the image processor that a request may set beside ours."""
 
@@ -70,21 +73,24 @@ def parse_options(options: object) -> PluginOptions:
     Raises:
         ValueError: an unknown option, or a value of the wrong form.
     """
-    if not isinstance(options, Mapping) or set(options) - {"layers", "allow_processor_kwargs"}:
+    if not isinstance(options, Mapping) or set(options) - {"layers", "compile", "allow_processor_kwargs"}:
         raise ValueError(
-            f"the options of {OPTIONS_KEY!r} are {{'layers': [depths], 'allow_processor_kwargs': [names]}}; "
-            f"got {options!r}"
+            f"the options of {OPTIONS_KEY!r} are {{'layers': [depths], 'compile': true or false, "
+            f"'allow_processor_kwargs': [names]}}; got {options!r}"
         )
     layers = options.get("layers")
     if layers is not None and (not isinstance(layers, list | tuple) or any(type(depth) is not int for depth in layers)):
         raise ValueError(f"{OPTIONS_KEY}.layers must be a list of decoder depths; got {layers!r}")
+    compiles = options.get("compile")
+    if compiles is not None and type(compiles) is not bool:
+        raise ValueError(f"{OPTIONS_KEY}.compile must be true or false; got {compiles!r}")
     allowed = options.get("allow_processor_kwargs", [])
     if not isinstance(allowed, list | tuple) or any(name not in PROCESSOR_KWARGS for name in allowed):
         raise ValueError(
             f"{OPTIONS_KEY}.allow_processor_kwargs must be a list, and may hold {', '.join(sorted(PROCESSOR_KWARGS))}; "
             f"got {allowed!r}"
         )
-    return PluginOptions(None if layers is None else tuple(layers), frozenset(allowed))
+    return PluginOptions(None if layers is None else tuple(layers), compiles, frozenset(allowed))
 
 
 def read_options(hf_config: Any) -> PluginOptions:

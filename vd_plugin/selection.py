@@ -2,14 +2,17 @@
 
 VisionDrop, arXiv 2506.22283, sections 3.2 (visual-only scoring) and 3.3 (staged pruning and merging).
 
-Two notable things. A plan is indices alone, so that it can move every tensor that must move. And all of its sizes
-follow from the requested counts, never from data: planning and applying need no device-to-host copy.
+Three notable things. A plan is indices alone, so that it can move every tensor that must move. All of its sizes follow
+from the requested counts, never from data: planning and applying copy nothing between device and host. And an entry of
+a batch comes out as it does alone, on a CPU to the last bit (at widths that are multiples of 8, as of all models):
+products are batched ones even for one entry, and tiles are cut by an entry's own size.
 
-Shapes: ... leading batch dimensions (tiles), N tokens in, K dominant, C contextual, R merged away, D hidden.
+Shapes: ... leading batch dimensions (tiles, images), N tokens in, K dominant, C contextual, R merged away, D hidden.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -62,15 +65,13 @@ def select(scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Plan
         empty = rest[..., :0]
         return Plan(kept, anchors=empty, donors=rest, owners=torch.zeros_like(rest))
     step = max(1, num_rest // contextual)
-    is_anchor = torch.zeros(num_rest, dtype=torch.bool)
-    is_anchor[: step * contextual : step] = True
-    # Which positions of `rest` are anchors is known on the host; only the two short index lists travel.
-    anchors = rest.index_select(-1, is_anchor.nonzero().squeeze(-1).to(rest.device, non_blocking=True))
-    donors = rest.index_select(-1, (~is_anchor).nonzero().squeeze(-1).to(rest.device, non_blocking=True))
+    runs = rest[..., : step * contextual].unflatten(-1, (contextual, step))
+    merged = torch.cat((runs[..., 0], runs[..., 1:].flatten(-2), rest[..., step * contextual :]), dim=-1)
+    anchors, donors = merged[..., :contextual], merged[..., contextual:]
 
     # 3. Every donor joins the most similar anchor; argmax takes the first of equals.
-    directions = F.normalize(_widen(keys), dim=-1)
-    similarity = _rows(directions, donors) @ _rows(directions, anchors).transpose(-1, -2)
+    directions = F.normalize(_rows(_widen(keys), merged), dim=-1)
+    similarity = _product(directions[..., contextual:, :], directions[..., :contextual, :].transpose(-1, -2))
     return Plan(kept, anchors, donors, owners=similarity.argmax(dim=-1))
 
 
@@ -79,18 +80,19 @@ def apply(plan: Plan, tokens: Tensor) -> Tensor:
 
     An anchor stays outside the mean, and is alone where no donor joined it (the release's rule).
     """
-    kept = _rows(tokens, plan.kept)
-    num_contextual = plan.anchors.shape[-1]
+    num_contextual, num_donors = plan.anchors.shape[-1], plan.donors.shape[-1]
     if num_contextual == 0:
-        return kept
-    anchors = _rows(tokens, plan.anchors)
-    if plan.donors.shape[-1] == 0:
-        return torch.cat((kept, anchors), dim=-2)
+        return _rows(tokens, plan.kept)
+    rows = _rows(tokens, torch.cat((plan.kept, plan.anchors, plan.donors), dim=-1))
+    if num_donors == 0:
+        return rows
+    stay, donors = rows[..., :-num_donors, :], _widen(rows[..., -num_donors:, :])
     # A product with the membership matrix, not a scatter: on a GPU scatters add in an order that varies between runs.
-    donors = _widen(_rows(tokens, plan.donors))
-    membership = F.one_hot(plan.owners, num_contextual).transpose(-1, -2).to(donors.dtype)
-    means = (membership @ donors) / membership.sum(dim=-1, keepdim=True).clamp(min=1)
-    return torch.cat((kept, (anchors + means).to(tokens.dtype)), dim=-2)
+    numbers = torch.arange(num_contextual, device=tokens.device).unsqueeze(-1)
+    membership = (plan.owners.unsqueeze(-2) == numbers).to(donors.dtype)
+    means = _product(membership, donors) / membership.sum(dim=-1, keepdim=True).clamp(min=1)
+    stay[..., -num_contextual:, :].add_(means)
+    return stay
 
 
 def visual_scores(queries: Tensor, keys: Tensor, start: int, count: int) -> Tensor:
@@ -113,34 +115,58 @@ def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
     """Attention that the last M tokens of a sequence pay to themselves: the sum over heads and queries, by column.
 
     Args:
-        queries: (heads, M, D), of the last M tokens.
-        keys: (kv_heads, N, D), of the whole sequence; a key head serves heads / kv_heads query heads.
+        queries: (..., heads, M, D), of the last M tokens.
+        keys: (..., kv_heads, N, D), of the whole sequence; a key head serves heads / kv_heads query heads.
 
     Returns:
-        (M,) float32 at least. Works through the queries tile by tile: no (heads, M, N) tensor comes into being.
+        (..., M) float32 at least. Works through the queries tile by tile: no (heads, M, N) tensor comes into being.
     """
-    kv_heads, num_keys, width = keys.shape
-    num_queries = queries.shape[1]
+    heads, num_queries, width = queries.shape[-3:]
+    kv_heads, num_keys = keys.shape[-3:-1]
     first = num_keys - num_queries
-    grouped = _widen(queries).unflatten(0, (kv_heads, -1)) * width**-0.5
-    transposed = _widen(keys).transpose(-1, -2).unsqueeze(1)
-    columns = torch.arange(num_keys, device=keys.device)
-    received = torch.zeros(num_queries, dtype=grouped.dtype, device=keys.device)
-    tile = max(1, _TILE_ELEMENTS // (queries.shape[0] * num_keys))
-    for begin in range(0, num_queries, tile):
-        rows = slice(begin, min(begin + tile, num_queries))
-        # Causal: row i of the tile sees keys up to its own; nothing behind the tile's last row is computed.
-        seen = first + rows.stop
-        logits = grouped[:, :, rows] @ transposed[..., :seen]
-        hidden = columns[:seen] > first + torch.arange(rows.start, rows.stop, device=keys.device).unsqueeze(1)
-        weights = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-        received[: rows.stop] += weights[..., first:].sum(dim=(0, 1, 2))
+    grouped = _widen(queries).unflatten(-3, (kv_heads, -1)) * width**-0.5
+    transposed = _widen(keys).transpose(-1, -2)
+    tile = min(num_queries, max(1, _TILE_ELEMENTS // (heads * num_keys)))
+    is_later = torch.ones(tile, tile, dtype=torch.bool, device=keys.device).triu(diagonal=1)
+    received: Tensor | None = None
+    for begin in reversed(range(0, num_queries, tile)):
+        end = min(begin + tile, num_queries)
+        count = end - begin
+        # Causal: row i of the tile sees keys up to its own; nothing behind the tile's last row is computed. The query
+        # heads of a key head are rows of one product.
+        tall = grouped[..., begin:end, :].flatten(-3, -2)
+        logits = _product(tall, transposed[..., : first + end])
+        own = logits.unflatten(-2, (-1, count))[..., first + begin :]
+        own.masked_fill_(is_later[:count, :count], float("-inf"))
+        attention = logits.softmax(dim=-1)[..., first:].sum(dim=(-3, -2))
+        if received is None:
+            received = attention  # the last tile sees all columns
+        else:
+            received[..., :end].add_(attention)
+    assert received is not None
     return received
 
 
+def images_at_once(heads: int, num_queries: int, num_keys: int, width: int) -> int:
+    """How many images `attention_received` may take at once, so that neither weights nor keys are more than a tile."""
+    return max(1, _TILE_ELEMENTS // (heads * num_keys * max(num_queries, width)))
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Matrix products of a batch, or of none: (..., A, B) by (..., B, C) -> (..., A, C).
+
+    Always the batched kernel: the one for two matrices sums in another order. So does one for another arrangement in
+    memory: operands must be arranged alike, however many there are.
+    """
+    count = math.prod(one.shape[:-2])
+    product = torch.bmm(one.reshape(count, *one.shape[-2:]), other.reshape(count, *other.shape[-2:]))
+    return product.view(*one.shape[:-1], other.shape[-1])
+
+
 def _widen(tensor: Tensor) -> Tensor:
-    """At least float32: sums and similarities in half precision would tie too often."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """At least float32, contiguous. Sums and similarities in half precision would tie too often."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.to(wide, memory_format=torch.contiguous_format).contiguous()
 
 
 def _rows(tokens: Tensor, index: Tensor) -> Tensor:

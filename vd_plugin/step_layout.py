@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vd_plugin.spans import ImageSpan
@@ -86,6 +85,11 @@ class StepLayout:
     logits_rows: Tensor | None = None
     """(T,) for each token before pruning a row of the last stage; its own wherever it was not pruned away."""
 
+    def num_rows(self, stage: int) -> int:
+        """Rows of the step at a stage, 0 included, without padding; in steps that prune."""
+        assert self.logits_rows is not None
+        return self.stages[stage - 1].num_rows if stage else len(self.logits_rows)
+
 
 def plan_stages(
     lengths: np.ndarray, pruned: Sequence[PrunedRequest], drops: np.ndarray, num_stages: int
@@ -140,12 +144,6 @@ def final_rows(lengths: np.ndarray, pruned: Sequence[PrunedRequest], last: Stage
             inside = slice(base + span.offset, base + span.end)
             rows[inside] = np.maximum(rows[inside], first)
     return rows
-
-
-def slots_of(positions: Tensor, owner: Tensor, block_table: Tensor, block_size: int) -> Tensor:
-    """KV slots of rows: positions (N,) in their request, owner (N,) row in the block table (R, blocks) -> (N,)."""
-    blocks = block_table[owner, positions // block_size].to(torch.int64)
-    return blocks * block_size + positions % block_size
 
 
 def _cumulate(lengths: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vd_plugin.options import read_geometry
+from vd_plugin.options import read_geometry, read_options
 from vd_plugin.schedule import Geometry
 
 if TYPE_CHECKING:
@@ -128,12 +128,13 @@ def prepare_staged_engine(vllm_config: VllmConfig) -> None:
     if not geometry.boundaries:
         return
     scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-    # Stages run layer by layer, so the model as a whole is not compiled; decode steps are captured as full graphs.
-    if compilation.mode is None:
-        compilation.mode = CompilationMode.NONE
-    if compilation.cudagraph_mode is None:
-        without = vllm_config.optimization_level == OptimizationLevel.O0
-        compilation.cudagraph_mode = CUDAGraphMode.NONE if without else CUDAGraphMode.FULL_DECODE_ONLY
+    if not _compiles(vllm_config):
+        # Stages run layer by layer; decode steps are captured as full graphs.
+        if compilation.mode is None:
+            compilation.mode = CompilationMode.NONE
+        if compilation.cudagraph_mode is None:
+            without = vllm_config.optimization_level == OptimizationLevel.O0
+            compilation.cudagraph_mode = CUDAGraphMode.NONE if without else CUDAGraphMode.FULL_DECODE_ONLY
     for reason in _unsupported_in_stages(vllm_config):
         raise NotImplementedError(f"VisionDrop does not support {reason}, or visiondrop.layers to []")
     scheduler.scheduler_cls = SCHEDULER
@@ -149,14 +150,41 @@ def prepare_staged_engine(vllm_config: VllmConfig) -> None:
         scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, needed)
 
 
+def _compiles(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM may compile the stages of the decoder.
+
+    Not by default on a machine without a GPU: it takes a C++ compiler and some minutes, and gains little there. Nor
+    where vLLM records whole steps with breaks instead, as it does for batch invariance: a replay would not prune.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    asked = read_options(vllm_config.model_config.hf_config).compile
+    if asked is not None:
+        return asked
+    return not (current_platform.is_cpu() or envs.VLLM_BATCH_INVARIANT or envs.VLLM_USE_BREAKABLE_CUDAGRAPH)
+
+
 def _unsupported_in_stages(vllm_config: VllmConfig) -> Iterator[str]:
+    from vllm import envs
     from vllm.config.compilation import CompilationMode, CUDAGraphMode
 
     scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-    if compilation.mode != CompilationMode.NONE:
-        yield f"compilation mode {compilation.mode.name}: leave compilation_config.mode unset"
-    if compilation.cudagraph_mode not in (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY):
-        yield f"CUDA graphs of kind {compilation.cudagraph_mode.name}: set cudagraph_mode to FULL_DECODE_ONLY or NONE"
+    mode, graphs = compilation.mode, compilation.cudagraph_mode
+    # What is still unset here becomes vLLM's default: compiled, with full graphs for decode and pieces for the rest.
+    if not _compiles(vllm_config):
+        if mode != CompilationMode.NONE:
+            yield f"compilation mode {mode and mode.name} without compiled stages: set visiondrop.compile to true"
+        if graphs is not None and graphs.has_piecewise_cudagraphs():
+            yield f"a cudagraph_mode of {graphs.name} without compiled stages: set visiondrop.compile to true"
+    if mode == CompilationMode.STOCK_TORCH_COMPILE:
+        yield "compiling the model as one piece: leave compilation_config.mode unset"
+    if graphs == CUDAGraphMode.FULL:
+        yield "CUDA graphs of whole steps that prune: leave cudagraph_mode unset"
+    if graphs is not None and graphs.has_piecewise_cudagraphs() and envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+        yield "breakable CUDA graphs, which batch invariance turns on: set visiondrop.compile to false"
+    if compilation.use_inductor_graph_partition:
+        yield "partitions made by Inductor: leave use_inductor_graph_partition unset"
     if scheduler.scheduler_cls not in (None, SCHEDULER):
         yield "another scheduler: leave scheduler_cls unset"
     if scheduler.disable_hybrid_kv_cache_manager:

@@ -60,7 +60,7 @@ def run_tower(tower: CLIPVisionModel, pixel_values: Tensor) -> TileFeatures:
     weights = (torch.einsum("thd,tnhd->thn", query, key) * attention.scale).softmax(dim=-1)
     scores, keys = weights.sum(dim=1), key.sum(dim=2)
     if attention.tp_size > 1:  # else the tower runs whole on every rank
-        scores, keys = sum_over_ranks(scores), sum_over_ranks(keys)
+        scores, keys = sum_over_ranks(scores, keys)
     return TileFeatures(hidden, scores[:, 1:], keys[:, 1:] / attention.num_heads)
 
 

@@ -184,6 +184,7 @@ def test_folder_of_the_results_is_made_and_engine_options_go_to_the_engine(
     assert "before the --" in capsys.readouterr().err
 
 
+@pytest.mark.cpu
 def test_engine_is_as_modest_as_the_server_and_obeys_engine_options(monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(MODEL_PATH)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vd_plugin import selection
-from vd_plugin.selection import attention_received, visual_scores
+from vd_plugin.selection import attention_received, images_at_once, visual_scores
 
 SHAPES = [(4, 4), (6, 2), (8, 1)]
 """(heads, key heads): all, grouped and a single one."""
@@ -54,6 +54,29 @@ def test_what_precedes_the_image_takes_its_share() -> None:
     queries, keys = make(4, 2, length=40)
     assert visual_scores(queries, keys, 0, 40).sum() == pytest.approx(1, abs=1e-5)
     assert visual_scores(queries, keys, 10, 30).sum() < 0.95
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (8, 8), (32, 8)], ids=str)
+@pytest.mark.parametrize(("length", "count"), [(9, 9), (30, 12), (250, 190), (540, 480)])
+def test_a_batch_equals_each_alone_to_the_last_bit(shape: tuple[int, int], length: int, count: int) -> None:
+    """On a CPU: a request's answer must not depend on what is pruned beside it. Rows come first, as in the decoder."""
+    heads, kv_heads = shape
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, count, heads, 32, generator=generator).transpose(1, 2)
+    keys = torch.randn(3, length, kv_heads, 32, generator=generator).transpose(1, 2)
+    together = attention_received(queries, keys)
+    for number, received in enumerate(together):
+        alone = slice(number, number + 1)
+        assert torch.equal(received, attention_received(queries[alone], keys[alone])[0])
+
+
+@pytest.mark.parametrize(("heads", "width"), [(32, 128), (6, 8)])
+def test_as_many_images_are_scored_at_once_as_fit_a_tile(heads: int, width: int) -> None:
+    for num_queries, num_keys in ((480, 540), (12, 4000), (2880, 2940)):
+        count = images_at_once(heads, num_queries, num_keys, width)
+        weights, keys = heads * num_queries * num_keys, heads * num_keys * width
+        assert count == 1 or count * max(weights, keys) <= selection._TILE_ELEMENTS
+        assert (count + 1) * max(weights, keys) > selection._TILE_ELEMENTS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from span_strategies import NUM_STAGES, spans_and_length
 
 from vd_plugin.spans import ImageSpan, dropped_before
-from vd_plugin.step_layout import PrunedRequest, StageRows, final_rows, plan_stages, slots_of
+from vd_plugin.step_layout import PrunedRequest, StageRows, final_rows, plan_stages
 
 
 @dataclass(frozen=True)
@@ -121,21 +120,3 @@ def test_every_surviving_token_finds_its_final_row(batch: list[Prompt]) -> None:
         if (index, token) not in last:
             span = next(span for span in batch[index].spans if span.offset <= token < span.end)
             assert last[row] == (index, span.end - span.rows[NUM_STAGES])
-
-
-@given(st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_slots_follow_the_block_table(block_size: int, num_requests: int, random: object) -> None:
-    blocks = 4
-    ids = list(range(1, num_requests * blocks + 1))
-    random.shuffle(ids)  # type: ignore[attr-defined]
-    table = torch.tensor(ids, dtype=torch.int32).view(num_requests, blocks)
-    owner = torch.arange(num_requests).repeat_interleave(blocks * block_size)
-    positions = torch.arange(blocks * block_size).repeat(num_requests)
-    slots = slots_of(positions, owner, table, block_size)
-    assert slots.dtype == torch.int64
-    expected = [
-        int(table[request, position // block_size]) * block_size + position % block_size
-        for request, position in zip(owner.tolist(), positions.tolist(), strict=True)
-    ]
-    assert slots.tolist() == expected
-    assert len(set(expected)) == len(expected)

@@ -24,6 +24,7 @@ SUPPORT = HERE.parent / "support"
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.cpu
 def test_two_ranks_answer_as_one(random_model: Path) -> None:
     import engines
     from torch import tensor

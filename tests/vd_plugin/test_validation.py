@@ -21,6 +21,7 @@ from vllm.config.vllm import OptimizationLevel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.cache import engine_receiver_cache_from_config, processor_cache_from_config
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
+from vllm.platforms import current_platform
 
 import vd_plugin
 from vd_plugin.cpu.bootstrap import ENVIRONMENT
@@ -146,9 +147,25 @@ def staged(config: Any) -> Any:
     return config
 
 
+def compile_stages(config: Any, mode: Any = None, graphs: Any = None) -> None:
+    config.model_config.hf_config.visiondrop = {"layers": [2, 4, 6], "compile": True}
+    config.compilation_config.mode, config.compilation_config.cudagraph_mode = mode, graphs
+
+
 STAGED: list[tuple[str, Callable[[Any], object], str]] = [
     ("compiled", lambda c: setattr(c.compilation_config, "mode", CompilationMode.VLLM_COMPILE), "compilation mode"),
-    ("graphs", lambda c: setattr(c.compilation_config, "cudagraph_mode", CUDAGraphMode.PIECEWISE), "cudagraph_mode"),
+    (
+        "one graph",
+        lambda c: compile_stages(c, mode=CompilationMode.STOCK_TORCH_COMPILE),
+        "one piece: leave compilation_config.mode",
+    ),
+    ("graphs", lambda c: setattr(c.compilation_config, "cudagraph_mode", CUDAGraphMode.FULL), "cudagraph_mode"),
+    ("pieces", lambda c: setattr(c.compilation_config, "cudagraph_mode", CUDAGraphMode.PIECEWISE), "compile to true"),
+    (
+        "partitions",
+        lambda c: setattr(c.compilation_config, "use_inductor_graph_partition", True),
+        "use_inductor_graph_partition",
+    ),
     ("scheduler", lambda c: setattr(c.scheduler_config, "scheduler_cls", "a.fake.Scheduler"), "scheduler_cls"),
     (
         "one group",
@@ -193,6 +210,52 @@ def test_a_mode_of_graphs_that_is_set_stays(staged: Any, mode: CUDAGraphMode) ->
     staged.compilation_config.cudagraph_mode = mode
     prepare_staged_engine(staged)
     assert staged.compilation_config.cudagraph_mode == mode
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_modes_are_left_to_vllm_where_stages_are_compiled(staged: Any, level: int) -> None:
+    staged.optimization_level = OptimizationLevel(level)
+    compile_stages(staged)
+    prepare_staged_engine(staged)
+    assert (staged.compilation_config.mode, staged.compilation_config.cudagraph_mode) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "mode", [CompilationMode.NONE, CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE]
+)
+@pytest.mark.parametrize("graphs", [mode for mode in CUDAGraphMode if mode != CUDAGraphMode.FULL])
+def test_modes_that_are_set_stay_where_stages_are_compiled(
+    staged: Any, mode: CompilationMode, graphs: CUDAGraphMode
+) -> None:
+    compile_stages(staged, mode, graphs)
+    prepare_staged_engine(staged)
+    assert (staged.compilation_config.mode, staged.compilation_config.cudagraph_mode) == (mode, graphs)
+
+
+@pytest.mark.parametrize(
+    ("variable", "graphs"),
+    [
+        (None, None),
+        ("VLLM_BATCH_INVARIANT", CUDAGraphMode.FULL_DECODE_ONLY),
+        ("VLLM_USE_BREAKABLE_CUDAGRAPH", CUDAGraphMode.FULL_DECODE_ONLY),
+    ],
+)
+def test_stages_are_compiled_on_a_gpu_unless_whole_steps_are_recorded_with_breaks(
+    staged: Any, variable: str | None, graphs: CUDAGraphMode | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    staged.compilation_config.mode = staged.compilation_config.cudagraph_mode = None
+    prepare_staged_engine(staged)
+    assert staged.compilation_config.cudagraph_mode == graphs
+
+
+def test_graphs_that_would_skip_pruning_are_refused(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    compile_stages(staged, CompilationMode.NONE, CUDAGraphMode.FULL_AND_PIECEWISE)
+    with pytest.raises(NotImplementedError, match=r"breakable CUDA graphs, .*: set visiondrop\.compile to false"):
+        prepare_staged_engine(staged)
 
 
 def test_the_usual_settings_are_accepted_with_decoder_stages(staged: Any) -> None:
@@ -298,6 +361,8 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path: Path, random_model: Pat
         {"layers": [], "budget": 3},
         {"layers": "2,4,6"},
         {"layers": 4},
+        {"compile": 1},
+        {"compile": "no"},
         {"allow_processor_kwargs": "all"},
         {"allow_processor_kwargs": [1]},
         {"allow_processor_kwargs": ["size"]},

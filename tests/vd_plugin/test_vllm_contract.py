@@ -107,6 +107,9 @@ SIGNATURES = {
         "num_tokens",
         "num_tokens_main_model",
     ],
+    # model_state.py
+    "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": ["size", "dtype", "max_concurrency"],
+    "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor.copy_to_uva": ["self", "n"],
     # register.py, validation.py, geometry_route.py
     "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config": ["vllm_config"],
     "vllm.model_executor.models.registry:_ModelRegistry.register_model": ["self", "model_arch", "model_cls"],

@@ -19,7 +19,7 @@ from vd_plugin.spans import ImageSpan
 
 pytestmark = pytest.mark.engine
 
-HEADS, KV_HEADS, WIDTH = 4, 2, 8
+HEADS, KV_HEADS, WIDTH, BLOCK_SIZE = 4, 2, 8, 16
 
 
 class Projection(nn.Linear):
@@ -41,17 +41,17 @@ def layer() -> Any:
 
 @pytest.mark.parametrize("boundaries", [(1,), (1, 2), (1, 2, 3)], ids=str)
 def test_every_stage_scores_and_prunes(boundaries: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "mean_over_ranks", lambda partial: partial)
+    monkeypatch.setattr(decoder, "mean_over_ranks", lambda *partials: partials)
     model = SimpleNamespace(layers=[layer() for _ in range(4)])
-    staged = StagedDecoder(model, boundaries)
-    read: list[int] = []
+    staged = StagedDecoder(model, (0, *boundaries, len(model.layers)), segments=())
+    read: list[list[int]] = []
 
-    def read_keys(cache: Tensor, block_table: Tensor, count: int) -> Tensor:
-        read.append(count)
-        assert block_table.tolist() == [0], "the block that vLLM keeps for itself"
-        return torch.zeros(count, KV_HEADS, WIDTH)
+    def read_keys(cache: Tensor, blocks: Tensor) -> Tensor:
+        read.append(blocks.tolist())
+        return torch.zeros(BLOCK_SIZE, KV_HEADS, WIDTH)
 
-    staged.key_reader = SimpleNamespace(read=read_keys)  # type: ignore[assignment]  # a stand-in
+    shape = (BLOCK_SIZE, KV_HEADS, WIDTH)
+    staged.key_reader = SimpleNamespace(read=read_keys, block_shape=shape)  # type: ignore[assignment]  # a stand-in
     plans: list[tuple[int, Plan]] = []
 
     def observe(stage: int, req_id: str, span: ImageSpan, scores: Tensor, plan: Plan) -> None:
@@ -60,7 +60,7 @@ def test_every_stage_scores_and_prunes(boundaries: tuple[int, ...], monkeypatch:
     staged.observer = observe
     staged.warm_up()
     assert [stage for stage, _ in plans] == list(range(1, len(boundaries) + 1))
-    assert read == [1] * len(boundaries)
+    assert read == [[0]] * len(boundaries), "the block that vLLM keeps for itself"
     for _, plan in plans:
         assert min(len(part) for part in plan) > 0, "tokens are kept, merged, and merged into"
 
@@ -87,9 +87,10 @@ def test_only_the_real_cache_is_announced_and_only_gpus_are_warmed_up(
     bound: list[Any] = []
     staged = Decoder()
     state.model = SimpleNamespace(bind_kv_cache=bound.append, decoder=staged)
-    state.num_stages = 0
+    state.num_stages, state.device = 0, torch.device("cpu")
     monkeypatch.setattr(StagedModelState, "_log_capacity", lambda self, kv_cache_config: sentences.append(1))
-    monkeypatch.setattr(model_state, "current_platform", SimpleNamespace(is_cuda=lambda: is_cuda))
+    platform = SimpleNamespace(is_cuda=lambda: is_cuda, is_cpu=lambda: not is_cuda)
+    monkeypatch.setattr(model_state, "current_platform", platform)
     monkeypatch.setattr(model_state.DefaultModelState, "initialize_kv_cache", lambda *args: None)
     state.initialize_kv_cache(SimpleNamespace(kv_cache_groups=[]), None)
     assert (len(bound), staged.calls, len(sentences)) == (1, warmed, logged)

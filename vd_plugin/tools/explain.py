@@ -88,55 +88,78 @@ class Explanation:
         }
 
 
-def explain(model: str, image: Image.Image, budget: Budget, options: Sequence[str] = ()) -> Explanation:
-    """Serve one request with the image on a fresh engine in this process, and record what is kept of it.
+class Explainer:
+    """A fresh engine in this process, which records what it keeps of images.
 
     Args:
         options: of the engine, as vLLM's command line takes them; they win over ours.
 
     Raises:
-        ValueError: an unknown model or option, or a budget that the image cannot be served with.
+        ValueError: an unknown model or option.
     """
-    engine_args(model)  # an unknown model must not cost the ten seconds that vLLM takes to import
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's model must be within reach
-    from vllm import LLM, SamplingParams
 
-    llm = LLM(**_read_options(model, options))
-    tiles: list[Any] = []
-    plans: dict[int, Any] = {}
+    def __init__(self, model: str, options: Sequence[str] = ()) -> None:
+        engine_args(model)  # an unknown model must not cost the ten seconds that vLLM takes to import
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's model must be within reach
+        from vllm import LLM
 
-    def observe(module: Any) -> Geometry:
-        module.encoder_observer = tiles.append
-        module.decoder.observer = lambda stage, req_id, span, scores, plan: plans.setdefault(stage, plan)
+        self._llm = LLM(**_read_options(model, options))
+        self._tiles: list[Any] = []
+        self._plans: dict[int, Any] = {}
+        self._geometry: Geometry
+        (self._geometry,) = self._llm.apply_model(self._observe)
+
+    def explain(self, image: Image.Image, budget: Budget) -> Explanation:
+        """Serve one request with the image.
+
+        Raises:
+            ValueError: a budget that the image cannot be served with.
+        """
+        from vllm import SamplingParams
+
+        self._tiles.clear()
+        self._plans.clear()
+        llm, geometry, size = self._llm, self._geometry, (image.height, image.width)
+        schedule = resolve(geometry, *size, budget)
+        image_token = llm.get_tokenizer().decode([llm.llm_engine.model_config.hf_config.image_token_index])
+        request = {
+            "prompt": f"USER: {image_token}\nDescribe the image. ASSISTANT:",
+            "multi_modal_data": {"image": image},
+            "mm_processor_kwargs": {BUDGET_KEY: budget},
+        }
+        llm.generate(request, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+
+        if self._tiles:
+            from vd_plugin.vision import image_order
+
+            tiles = self._tiles[0]
+            side = geometry.tile_size // geometry.patch_size
+            order = image_order(tiles.kept, tiles.tokens.shape[1], geometry.tile_grid(*size), side)
+            rows = encoder_origins(geometry, *size, tiles.kept.tolist(), tiles.anchors.tolist(), order.tolist())
+        else:
+            rows = stock_origins(geometry, *size)
+        stages = [rows]
+        for stage in range(1, len(geometry.boundaries) + 1):
+            plan = self._plans.get(stage)
+            stages.append(stages[-1] if plan is None else stage_origins(stages[-1], plan))
+        explanation = Explanation(geometry, schedule, size, stages)
+        assert tuple(len(rows) for rows in stages) == schedule.rows, "the engine did not follow the schedule"
+        return explanation
+
+    def _observe(self, module: Any) -> Geometry:
+        module.encoder_observer = self._tiles.append
+        module.decoder.observer = lambda stage, req_id, span, scores, plan: self._plans.setdefault(stage, plan)
         geometry: Geometry = module.geometry
         return geometry
 
-    (geometry,) = llm.apply_model(observe)
-    schedule = resolve(geometry, image.height, image.width, budget)
-    image_token = llm.get_tokenizer().decode([llm.llm_engine.model_config.hf_config.image_token_index])
-    request = {
-        "prompt": f"USER: {image_token}\nDescribe the image. ASSISTANT:",
-        "multi_modal_data": {"image": image},
-        "mm_processor_kwargs": {BUDGET_KEY: budget},
-    }
-    llm.generate(request, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
 
-    size = (image.height, image.width)
-    if tiles:
-        from vd_plugin.vision import image_order
+def explain(model: str, image: Image.Image, budget: Budget, options: Sequence[str] = ()) -> Explanation:
+    """What an engine keeps of one image.
 
-        kept, anchors = tiles[0].kept, tiles[0].anchors
-        side = geometry.tile_size // geometry.patch_size
-        order = image_order(kept, tiles[0].tokens.shape[1], geometry.tile_grid(*size), side)
-        rows = encoder_origins(geometry, *size, kept.tolist(), anchors.tolist(), order.tolist())
-    else:
-        rows = stock_origins(geometry, *size)
-    stages = [rows]
-    for stage in range(1, len(geometry.boundaries) + 1):
-        stages.append(stage_origins(stages[-1], plans[stage]) if stage in plans else stages[-1])
-    explanation = Explanation(geometry, schedule, size, stages)
-    assert tuple(len(rows) for rows in stages) == schedule.rows, "the engine did not follow the schedule"
-    return explanation
+    Raises:
+        ValueError: an unknown model or option, or a budget that the image cannot be served with.
+    """
+    return Explainer(model, options).explain(image, budget)
 
 
 def draw(explanation: Explanation, image: Image.Image) -> Image.Image:

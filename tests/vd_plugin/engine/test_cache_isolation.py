@@ -14,7 +14,7 @@ from typing import Any
 import engines
 import pytest
 from engines import Answer, Engine, draw, request
-from torch.testing import assert_close
+from staged import assert_same
 from vllm.exceptions import VLLMValidationError
 
 from vd_plugin import processor, request_checks
@@ -39,13 +39,17 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def engine(random_model: Any) -> Engine:
-    engine = engines.start(random_model)
+@pytest.fixture(scope="module", params=[False, True], ids=["synchronous", "asynchronous"])
+def engine(request: pytest.FixtureRequest, random_model: Any) -> Engine:
+    engine = engines.start(random_model, asynchronous=request.param)
     config = engine.llm.llm_engine.vllm_config
     assert config.cache_config.enable_prefix_caching
     assert config.model_config.multimodal_config.mm_processor_cache_gb > 0
     return engine
+
+
+synchronous = pytest.mark.parametrize("engine", [False], indirect=True, ids=["synchronous"])
+"""For what the way to schedule has nothing to do with."""
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +77,10 @@ def test_budgets_of_one_image_in_every_order(engine: Engine, cold: Any) -> None:
             assert (answer.logprobs[0] - other.logprobs[0]).abs().max() > 1e-2
     engine.forget()
     for number in _walk_over_all_pairs(len(ASKED)):
-        _assert_same(_ask(engine, ONE, [A], **ASKED[number]), expected[number])
+        assert_same(_ask(engine, ONE, [A], **ASKED[number]), expected[number])
 
 
+@synchronous
 @pytest.mark.parametrize(
     ("first", "then"),
     [
@@ -109,17 +114,19 @@ def test_a_list_of_budgets_after_another_request(
         named = {"uuids": [name for name, _ in wanted]} if uuids else {}
         answer = _ask(engine, TWO if len(wanted) == 2 else ONE, images, visual_token_budget=budgets, **named)
         if wanted is then:
-            _assert_same(answer, expected)
+            assert_same(answer, expected)
 
 
+@synchronous
 def test_uuids_at_every_budget(engine: Engine, cold: Any) -> None:
     """A client's name for an image stands for the image, not for its budget."""
     expected = [cold(ONE, [A], **asked) for asked in ASKED]
     engine.forget()
     for number in _walk_over_all_pairs(len(ASKED)):
-        _assert_same(_ask(engine, ONE, [A], uuids=["picture"], **ASKED[number]), expected[number])
+        assert_same(_ask(engine, ONE, [A], uuids=["picture"], **ASKED[number]), expected[number])
 
 
+@synchronous
 def test_a_cached_image_may_be_left_out_in_full_alone(engine: Engine, cold: Any) -> None:
     """A schedule needs the image's size, which a name alone does not tell."""
     expected = cold(ONE, [A])
@@ -128,11 +135,12 @@ def test_a_cached_image_may_be_left_out_in_full_alone(engine: Engine, cold: Any)
     _ask(engine, ONE, [A], uuids=["picture"], visual_token_budget=320)
     by_name = {**request(ONE, [A], uuids=["picture"]), "multi_modal_data": {"image": [None]}}
     (answer,) = engine.generate(by_name, num_tokens=2)
-    _assert_same(answer, expected)
+    assert_same(answer, expected)
     with pytest.raises(VLLMValidationError, match="send the image along with its uuid"):
         engine.generate({**by_name, "mm_processor_kwargs": {"visual_token_budget": 320}})
 
 
+@synchronous
 def test_a_clients_uuid_cannot_pose_as_a_schedule(engine: Engine, cold: Any) -> None:
     """Identifiers carry the schedule behind a mark; a name that holds the mark would meet a pruned image's entries."""
     expected = cold(ONE, [A])
@@ -145,9 +153,10 @@ def test_a_clients_uuid_cannot_pose_as_a_schedule(engine: Engine, cold: Any) -> 
         except VLLMValidationError:
             continue
         assert asked.get("visual_token_budget") != 320, "a schedule was put behind a schedule"
-        _assert_same(answer, expected)
+        assert_same(answer, expected)
 
 
+@synchronous
 def test_different_questions_about_one_image(engine: Engine, cold: Any) -> None:
     """Encoder and processor cache answer, the prefix cache in part."""
     questions = [ONE, "USER: <image>\nHow many? ASSISTANT:", "<image>", "USER: Well: <image> ASSISTANT:"]
@@ -155,7 +164,7 @@ def test_different_questions_about_one_image(engine: Engine, cold: Any) -> None:
     expected = {(q, n): cold(q, [A], **kwargs) for q in questions for n, kwargs in enumerate(asked)}
     engine.forget()
     for (question, number), answer in list(expected.items()) + list(reversed(expected.items())):
-        _assert_same(_ask(engine, question, [A], **asked[number]), answer)
+        assert_same(_ask(engine, question, [A], **asked[number]), answer)
 
 
 def test_the_prefix_cache_answers_the_same_budget_alone(engine: Engine) -> None:
@@ -170,7 +179,7 @@ def test_the_prefix_cache_answers_the_same_budget_alone(engine: Engine) -> None:
     again = _ask(engine, prompt, [A], visual_token_budget=640)
     assert again.num_cached_tokens == (len(again.prompt_token_ids) - 1) // BLOCK * BLOCK
     assert again.num_cached_tokens > start + BLOCK
-    _assert_same(again, first)
+    assert_same(again, first)
 
     for asked in ({"visual_token_budget": 320}, {"visual_token_budget": 700}, {"visual_token_schedule": EXPLICIT}, {}):
         other = _ask(engine, prompt, [A], **asked)
@@ -179,6 +188,7 @@ def test_the_prefix_cache_answers_the_same_budget_alone(engine: Engine) -> None:
     assert other.num_cached_tokens == start // BLOCK * BLOCK
 
 
+@synchronous
 def test_a_neighbours_budget_costs_no_cache_hit(engine: Engine) -> None:
     """The first image's blocks serve again when only the second one's budget changes."""
     engine.forget()
@@ -245,12 +255,6 @@ def _is_wrong(engine: Engine, expected: Answer, prompt: str, images: list[Any], 
 
 def _ask(engine: Engine, *args: Any, **kwargs: Any) -> Answer:
     return engine.ask(*args, num_tokens=2, **kwargs)
-
-
-def _assert_same(answer: Answer, expected: Answer) -> None:
-    assert answer.prompt_token_ids == expected.prompt_token_ids
-    assert answer.token_ids == expected.token_ids
-    assert_close(answer.logprobs, expected.logprobs, atol=1e-4, rtol=0)
 
 
 def _images(wanted: list[Any]) -> tuple[list[Any], list[Budget]]:

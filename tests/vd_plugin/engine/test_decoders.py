@@ -19,7 +19,7 @@ from reference import Image, Reference
 from staged import LAYERS, observed, rows_of
 from vllm.distributed import cleanup_dist_env_and_memory
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, engines.float32_only]
 
 TOLERANCE = 1e-3
 BACKBONES: dict[str, dict[str, Any]] = {

@@ -30,7 +30,7 @@ from torch.testing import assert_close
 from vd_plugin.schedule import TokenSplit
 from vd_plugin.vision import TileFeatures, order_image, prune_tiles, run_tower
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, engines.float32_only]
 
 CASES = golden.image_cases()
 RECORDED = sorted({case.model_dir for case in CASES})
@@ -57,7 +57,9 @@ def test_tower_and_selection_equal_the_release(recorded: tuple[Path, Engine], su
     folder, engine = recorded
     for case in _cases_of(folder):
         with subtests.test(case.name):
-            features = engine.on_model(lambda model, case=case: run_tower(model.vision_tower, case["pixel_values"]))
+            features = engine.on_model(
+                lambda model, case=case: run_tower(model.vision_tower, case["pixel_values"].to(_device(model)))
+            )
             assert_close(features.tokens, case["v_hidden"], atol=1e-4, rtol=0)
             assert_close(features.scores, case["v_cls_attn_sum"], atol=1e-4, rtol=0)
             assert_close(features.keys, case["v_metric"][:, 1:], atol=1e-4, rtol=0)
@@ -106,7 +108,8 @@ def test_tower_equals_the_stock_tower_to_the_bit(built: tuple[Path, Engine]) -> 
     pixels = _pixels(folder, draw(500, 480))
 
     def run(model: Any) -> tuple[Tensor, Tensor]:
-        return run_tower(model.vision_tower, pixels).tokens, model.vision_tower(pixels)
+        placed = pixels.to(_device(model))
+        return run_tower(model.vision_tower, placed).tokens, model.vision_tower(placed)
 
     ours, stock = engine.on_model(run)
     assert torch.equal(ours, stock)
@@ -117,7 +120,8 @@ def test_recorded_tower_equals_the_stock_tower_to_the_bit(recorded: tuple[Path, 
     pixels = _cases_of(folder)[0]["pixel_values"]
 
     def run(model: Any) -> tuple[Tensor, Tensor]:
-        return run_tower(model.vision_tower, pixels).tokens, model.vision_tower(pixels)
+        placed = pixels.to(_device(model))
+        return run_tower(model.vision_tower, placed).tokens, model.vision_tower(placed)
 
     ours, stock = engine.on_model(run)
     assert torch.equal(ours, stock)
@@ -128,7 +132,7 @@ def test_every_stage_equals_the_reference(built: tuple[Path, Engine], split: tup
     folder, engine = built
     reference = _reference(folder)
     pixels = _pixels(folder, draw(640, 320, seed=1))
-    features: TileFeatures = engine.on_model(lambda model: run_tower(model.vision_tower, pixels))
+    features: TileFeatures = engine.on_model(lambda model: run_tower(model.vision_tower, pixels.to(_device(model))))
     hidden, attention, keys = reference.tower_layer(pixels)
     assert_close(features.tokens, hidden, atol=1e-4, rtol=0)
     assert_close(features.scores, attention.sum(1)[:, 1:], atol=1e-4, rtol=0)
@@ -160,7 +164,7 @@ def test_attention_of_the_random_tower_is_not_flat(built: tuple[Path, Engine]) -
     """Else a selection by anything would pass."""
     folder, engine = built
     pixels = _pixels(folder, draw(640, 320))
-    scores = engine.on_model(lambda model: run_tower(model.vision_tower, pixels)).scores
+    scores = engine.on_model(lambda model: run_tower(model.vision_tower, pixels.to(_device(model)))).scores
     assert (scores.amax(-1) > 3 * scores.mean(-1)).all()
 
 
@@ -200,7 +204,7 @@ def _assert_answer_equals_the_reference(
 
 def _single_view(model: Any, case: Case) -> Tensor:
     """What the release does with one view of a LLaVA-NeXT; Hugging Face's processor never makes such an image."""
-    features = run_tower(model.vision_tower, case["pixel_values"])
+    features = run_tower(model.vision_tower, case["pixel_values"].to(_device(model)))
     tiles = prune_tiles(features, TokenSplit(*case.encoder))
     rows = model.multi_modal_projector(order_image(tiles.tokens, tiles.kept, (0, 0), 24))
     return torch.cat([rows, model.image_newline[None]])
@@ -213,15 +217,20 @@ def _embed(engine: Engine, images: list[Image]) -> list[Tensor]:
     def run(model: Any) -> list[Tensor]:
         arguments: dict[str, Any] = {"visual_token_schedule": schedules}
         if model.geometry.grid_pinpoints:
-            arguments["pixel_values"] = [image.pixel_values for image in images]
+            arguments["pixel_values"] = [image.pixel_values.to(_device(model)) for image in images]
             arguments["image_sizes"] = torch.tensor([image.size for image in images])
         else:
-            arguments["pixel_values"] = torch.cat([image.pixel_values for image in images])
+            arguments["pixel_values"] = torch.cat([image.pixel_values for image in images]).to(_device(model))
         rows: list[Tensor] = model.embed_multimodal(**arguments)
         return rows
 
     embedded: list[Tensor] = engine.on_model(run)
     return embedded
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
 
 
 def _cases_of(folder: Path) -> list[Case]:

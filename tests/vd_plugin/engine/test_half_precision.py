@@ -121,7 +121,9 @@ def test_choices_after_one_more_rounding_differ_in_near_ties_alone(
 
     def rounded(layer: Any, stream: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(stream.numel())
-        digit = torch.randint(-1, 2, stream.shape, generator=generator) * torch.finfo(stream.dtype).eps
+        digit = (
+            torch.randint(-1, 2, stream.shape, generator=generator).to(stream.device) * torch.finfo(stream.dtype).eps
+        )
         return project(layer, (stream.float() * (1 + digit)).to(stream.dtype), positions)
 
     monkeypatch.setattr(StagedDecoder, "_project", staticmethod(rounded))

@@ -2,7 +2,7 @@
 
 A seed gives a scenario: requests that share beginnings, images and conversations, when they come and go, how large a
 step and the KV cache are, and which caches are reset meanwhile. Each answer is compared with that of a cold engine, and
-after every step the blocks of every group are counted. Block sizes are multiples of 32: a CPU has no others.
+after every step the blocks of every group are counted. Block sizes are multiples of 32, as a CPU needs them.
 
 The same seeds run first everywhere, as many as the time allows:
 
@@ -255,8 +255,8 @@ def _assert_begins(alone: Answer, answer: Answer, arrival: Arrival) -> None:
     assert answer.prompt_token_ids == alone.prompt_token_ids
     assert len(answer.token_ids) == count
     far = difference(beginning, answer)
-    assert far <= SAME, f"{arrival.name} differs by {far:.2g}"
-    assert answer.token_ids == beginning.token_ids, f"{arrival.name} has other tokens"
+    assert far <= engines.within(SAME), f"{arrival.name} differs by {far:.2g}"
+    assert answer.token_ids == beginning.token_ids or not engines.IS_EXACT, f"{arrival.name} has other tokens"
 
 
 def _describe(maker: Maker, seed: int | None, scenario: Scenario, error: Exception) -> str:

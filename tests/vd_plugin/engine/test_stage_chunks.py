@@ -13,6 +13,7 @@ import engines
 import pytest
 import sabotage
 from engines import Answer, Engine, draw, request
+from inplace_norm import norms_in_place
 from sabotage import Sabotage
 from staged import (
     LAYERS,
@@ -45,11 +46,19 @@ LAST = request(f"{words(300, 4)} <image>", [draw(336, 336, seed=3)], visual_toke
 PROMPTS = {"long text before, text between": LONG, "image first": FIRST, "image last": LAST}
 
 
-@pytest.fixture(scope="module")
-def engine(llava15: Path) -> Engine:
+@pytest.fixture(scope="module", params=[False, True], ids=["synchronous", "asynchronous"])
+def engine(request: pytest.FixtureRequest, llava15: Path) -> Engine:
     return engines.start(
-        checkpoint("llava15_gqa8", llava15), layers=LAYERS, max_num_seqs=NUM_SEQS, enable_prefix_caching=False
+        checkpoint("llava15_gqa8", llava15),
+        layers=LAYERS,
+        max_num_seqs=NUM_SEQS,
+        enable_prefix_caching=False,
+        asynchronous=request.param,
     )
+
+
+synchronous = pytest.mark.parametrize("engine", [False], indirect=True, ids=["synchronous"])
+"""For what the way to schedule has nothing to do with."""
 
 
 @pytest.fixture
@@ -75,6 +84,7 @@ def cut(engine: Engine, asked: dict[str, Any], num_tokens: int) -> tuple[Answer,
     return answer, chunks
 
 
+@synchronous
 def test_the_engine_makes_room_for_its_largest_image(engine: Engine) -> None:
     assert engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens >= SMALLEST
 
@@ -91,6 +101,15 @@ def test_steps_of_any_size_give_the_same_answer(
     assert_same(answer, at_once[name])
 
 
+@synchronous
+def test_norms_may_overwrite_what_they_are_given(engine: Engine, at_once: dict[str, Answer]) -> None:
+    """As a GPU's do."""
+    with norms_in_place(engine):
+        answer, _ = cut(engine, LONG, SMALLEST)
+    assert_same(answer, at_once["long text before, text between"])
+
+
+@synchronous
 @pytest.mark.parametrize(
     ("edge", "shift", "reached"),
     [("offset", -1, -1), ("offset", 0, 0), ("offset", 1, 0), ("end", -1, -96), ("end", 0, 0), ("end", 1, 1)],
@@ -172,6 +191,7 @@ def test_an_image_behind_a_long_text_of_its_own_does_not_starve(engine: Engine) 
         stepper.abort_all()
 
 
+@synchronous
 @pytest.mark.parametrize(
     "broken",
     [

@@ -48,15 +48,20 @@ LOAD = [
 ]
 
 
-@pytest.fixture(scope="module")
-def engine(llava15: Path) -> Engine:
+@pytest.fixture(scope="module", params=[False, True], ids=["synchronous", "asynchronous"])
+def engine(request: pytest.FixtureRequest, llava15: Path) -> Engine:
     return engines.start(
         checkpoint("llava15_gqa8", llava15),
         layers=LAYERS,
         block_size=32,
         max_model_len=640,
         num_gpu_blocks_override=NUM_BLOCKS,
+        asynchronous=request.param,
     )
+
+
+synchronous = pytest.mark.parametrize("engine", [False], indirect=True, ids=["synchronous"])
+"""For what the way to schedule has nothing to do with."""
 
 
 @pytest.fixture
@@ -115,6 +120,7 @@ def test_preempted_and_chunked_requests_give_the_same_answers(engine: Engine, al
         assert_same(one, answer)
 
 
+@synchronous
 @pytest.mark.parametrize(
     "broken", [sabotage.keep_the_slot_of_another, sabotage.shift_slots], ids=lambda sabotage: sabotage.__name__
 )
@@ -160,6 +166,7 @@ def test_an_abort_frees_every_block_of_every_group(engine: Engine, alone: list[A
     assert_same(answer, alone[0])
 
 
+@synchronous
 def test_the_law_of_aborts_can_fail(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block of each group stays behind."""
     engine.forget()

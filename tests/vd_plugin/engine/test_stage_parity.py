@@ -15,13 +15,14 @@ import pytest
 import torch
 from engines import Answer, Engine, draw
 from golden import Case
+from inplace_norm import norms_in_place
 from PIL import Image as Pillow
 from reference import Image, Reference, Result
 from staged import LAYERS, SeenPlan, observed, rows_of
 
 from vd_plugin.spans import ImageSpan
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, engines.float32_only]
 
 TOLERANCE = 1e-3
 """Of log-probabilities. Seen at most: 5e-5 against the reference, which gets the engine's own pixels; against the
@@ -107,6 +108,12 @@ def test_plans_and_answers_equal_the_reference(built: tuple[Path, Engine], promp
     _assert_plans_equal_the_reference(plans, expected)
     assert answer.token_ids == expected.token_ids
     assert _error(answer, expected.logprobs) < TOLERANCE
+
+
+def test_norms_may_overwrite_what_they_are_given(built: tuple[Path, Engine]) -> None:
+    """As a GPU's do."""
+    with norms_in_place(built[1]):
+        test_plans_and_answers_equal_the_reference(built, "two turns", "budget 64")
 
 
 @pytest.mark.parametrize("budgets", [[64, 160], [160, "full"], ["full", 64]], ids=str)

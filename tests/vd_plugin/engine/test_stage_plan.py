@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,9 @@ def started(request: pytest.FixtureRequest) -> tuple[Path, Engine]:
 
 @pytest.fixture
 def planned(started: tuple[Path, Engine], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    engine = {name.replace("_", "-"): engines.FAST[name] for name in ("dtype", "max_model_len", "max_num_seqs")}
-    options = {**engine, "kv-memory": os.environ["VLLM_CPU_KVCACHE_SPACE"], "block-size": 128, "layers": "2,4,6"}
+    same = ("block_size", "dtype", "max_model_len", "max_num_seqs")
+    engine = {name.replace("_", "-"): engines.FAST[name] for name in same}
+    options = {**engine, "kv-memory": engines.FAST["kv_cache_memory_bytes"] / 2**30, "layers": "2,4,6"}
     status = tool.main([str(started[0]), "--json", *(f"--{name}={value}" for name, value in options.items())])
     assert status == 0
     planned: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_engines_model(started: tuple[Path, Engine], pl
     """Built once more, on no device: on a CPU, vLLM packs the weights of the live model into another form."""
     config = copy.deepcopy(started[1].llm.llm_engine.vllm_config)
     config.compilation_config.static_forward_context.clear()
-    with set_current_vllm_config(config), set_default_torch_dtype(torch.float32), torch.device("meta"):
+    with set_current_vllm_config(config), set_default_torch_dtype(getattr(torch, engines.DTYPE)), torch.device("meta"):
         model = initialize_model(vllm_config=config)
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     assert planned["memory"]["weights"] == held

@@ -16,7 +16,7 @@ from staged import SAME
 from tensor_parallel_answers import NUM_TOKENS, REQUESTS, answer, options
 from torch.testing import assert_close
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.cpu]
 
 SUPPORT = Path(engines.__file__).parent
 

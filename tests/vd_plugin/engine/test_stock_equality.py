@@ -7,9 +7,12 @@ from typing import Any
 import engines
 import pytest
 from engines import Answer, Engine, draw, request
-from torch.testing import assert_close
+from staged import assert_same
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+EXACTLY = 1e-5
+"""Largest difference of log-probabilities between two engines that do the same."""
 
 FULL_WIDE = 576 + 24 * 48 + 24
 """Stock rows of a LLaVA-NeXT image of 640 x 320: base view, its tiles, a newline for each row of patches."""
@@ -49,7 +52,7 @@ def test_a_request_without_our_key_is_answered_as_by_the_stock_model(
     both: tuple[Engine, dict[str, Answer]], name: str
 ) -> None:
     engine, stock = both
-    _assert_same(engine.ask(*REQUESTS[name]), stock[name])
+    assert_same(engine.ask(*REQUESTS[name]), stock[name], EXACTLY)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -57,7 +60,7 @@ def test_a_request_without_our_key_is_answered_as_by_the_stock_model(
 def test_full_is_the_stock_model(both: tuple[Engine, dict[str, Answer]], name: str, budget: object) -> None:
     engine, stock = both
     engine.forget()
-    _assert_same(engine.ask(*REQUESTS[name], visual_token_budget=budget), stock[name])
+    assert_same(engine.ask(*REQUESTS[name], visual_token_budget=budget), stock[name], EXACTLY)
 
 
 def test_a_budget_of_just_the_full_count_is_full(both: tuple[Engine, dict[str, Answer]]) -> None:
@@ -69,7 +72,7 @@ def test_a_budget_of_just_the_full_count_is_full(both: tuple[Engine, dict[str, A
         answer = engine.ask(*REQUESTS["one image"], visual_token_budget=visual_token_budget)
         assert (len(answer.prompt_token_ids) == len(stock["one image"].prompt_token_ids)) is is_full
         if is_full:
-            _assert_same(answer, stock["one image"])
+            assert_same(answer, stock["one image"], EXACTLY)
 
 
 def test_full_images_beside_pruned_ones_keep_the_stock_rows(both: tuple[Engine, dict[str, Answer]]) -> None:
@@ -78,8 +81,8 @@ def test_full_images_beside_pruned_ones_keep_the_stock_rows(both: tuple[Engine, 
     engine.forget()
     asked = request(*REQUESTS["another image"], visual_token_budget=160)
     pruned, full, text = engine.generate(asked, request(*REQUESTS["unpadded"]), request(*REQUESTS["text only"]))
-    _assert_same(full, stock["unpadded"], atol=1e-4)
-    _assert_same(text, stock["text only"], atol=1e-4)
+    assert_same(full, stock["unpadded"])
+    assert_same(text, stock["text only"])
     assert len(pruned.prompt_token_ids) < len(stock["another image"].prompt_token_ids)
 
 
@@ -100,9 +103,3 @@ def test_the_comparison_can_fail(both: tuple[Engine, dict[str, Answer]]) -> None
     assert (stock["one image"].logprobs - stock["another image"].logprobs).abs().max() > 1e-2
     pruned = engine.ask(*REQUESTS["one image"], visual_token_budget=320)
     assert (stock["one image"].logprobs[0] - pruned.logprobs[0]).abs().max() > 1e-2
-
-
-def _assert_same(ours: Answer, stock: Answer, atol: float = 1e-5) -> None:
-    assert ours.prompt_token_ids == stock.prompt_token_ids
-    assert ours.token_ids == stock.token_ids
-    assert_close(ours.logprobs, stock.logprobs, atol=atol, rtol=0)
