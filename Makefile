@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test accuracy clients check fix dashboards images images-test manifests lock clean
+.PHONY: help setup demo serve test accuracy bench gpu clients check fix dashboards images images-test manifests lock clean
 
 PORT ?= 8000
 ARGS ?=
@@ -28,6 +28,12 @@ test: setup ## Run the tests (for example ARGS="-m 'not engine' -k schedule"; WO
 
 accuracy: setup ## Measure the demo model's answers at each budget (for example ARGS="--questions 120")
 	@$(bin)/python -m benchmarks.accuracy $(ARGS)
+
+bench: setup ## Stock vLLM, VisionDrop and the limit side by side, half an hour on two cores (ARGS="--only prefill --log")
+	@$(bin)/python -m benchmarks.bench $(ARGS)
+
+gpu: setup ## The first hour on a GPU, step by step: docs/gpu.md (for example ARGS="--only machine,eager")
+	@$(bin)/python -m benchmarks.gpu $(ARGS)
 
 clients: setup ## Install the clients that tests/clients uses (needs Node.js 20 or newer)
 	@PYTHON=$(bin)/python tests/clients/install.sh

@@ -20,6 +20,9 @@ from vd_plugin.schedule import Budget
 MAX_TOKENS: Final = 24
 """Of an answer; the longest right one has 16."""
 
+_METHOD: Final = ("decoder", "image_batches", "schedule", "selection", "vision")
+"""Modules of the plugin that decide which tokens are kept."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -100,9 +103,9 @@ def model_digest(model: str | Path) -> str:
 
 @functools.cache
 def method_digest() -> str:
-    """Of the sources that decide which tokens are kept: a change of theirs makes old answers worthless."""
+    """A change of these sources makes old answers worthless."""
     folder = Path(vd_plugin.__file__).parent
-    return _digest(*((folder / f"{name}.py").read_bytes() for name in ("decoder", "schedule", "selection", "vision")))
+    return _digest(*((folder / f"{name}.py").read_bytes() for name in METHOD_MODULES))
 
 
 def answer_key(model: str, setting: Setting, example: Example) -> str:

@@ -3,10 +3,14 @@
 Two engines run in two processes; the parent lets them take turns, a few steps at a time, so that both see the same
 machine. The prompts hold one image in full and some text, so that both engines do the same work: the difference is
 what keeping several stages costs when nothing is saved. A second pair of columns shows the same requests at a budget.
+Stock vLLM is unmodified: this plugin is not loaded there.
 
     python benchmarks/decode_step.py MODEL [--requests 4] [--rounds 12] [--steps 8] [--budget 320]
 
 Prints a table, and one line of JSON last.
+
+The environment says how both run, as for the tests (tests/support/engines.py): VISIONDROP_TEST_DTYPE, by default the
+checkpoint's, and VISIONDROP_TEST_EAGER=0 with CUDA graphs.
 """
 
 from __future__ import annotations
@@ -27,13 +31,16 @@ def _serve(pipe: Connection, model: str, kind: str, num_requests: int) -> None:
     """A child: prefill every request it is told to, then run decode steps on demand and send back their seconds."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if kind == "stock":
+        os.environ["VLLM_PLUGINS"] = ""  # none: on a CPU, ours makes stock vLLM faster, too
     from PIL import Image
     from vllm import LLM, SamplingParams
 
     from vd_plugin import engine_args
 
     options: dict[str, Any] = {
-        "enforce_eager": True,
+        "dtype": os.environ.get("VISIONDROP_TEST_DTYPE", "auto"),
+        "enforce_eager": os.environ.get("VISIONDROP_TEST_EAGER", "1") != "0",
         "max_model_len": 8192,
         "max_num_batched_tokens": 8192,
         "max_num_seqs": num_requests,

@@ -1,7 +1,8 @@
 """What the gateway itself costs: CPU time and added latency of a request, before an engine that answers at once.
 
 The engine is a socket that swallows what it is sent, so that the difference between asking it directly and through the
-gateway is the gateway. CPU time is the gateway process's own, over all its threads.
+gateway is the gateway. CPU time is the gateway process's own, over all its threads. The check of the image, measured by
+itself, is part of both.
 
     python benchmarks/gateway_overhead.py [--requests 200]
 
@@ -29,6 +30,8 @@ import httpx
 import psutil
 from PIL import Image
 
+from server.images.check import check_image
+from server.settings import Settings
 from vd_plugin.schedule import RULE_VERSION, DecoderShape, Geometry
 
 GEOMETRY = Geometry(
@@ -40,10 +43,11 @@ GEOMETRY = Geometry(
     DecoderShape(32, 4096, 11008, 32, 32, 128),
 )
 _USAGE = {"prompt_tokens": 600, "completion_tokens": 1, "total_tokens": 601}
+_CHOICE = {"index": 0, "message": {"role": "assistant", "content": "Red"}, "finish_reason": "stop"}
 _ANSWERS = {
     b"/visiondrop/geometry": {"geometry": GEOMETRY.to_dict(), "plugin_version": "0"},
     b"/v1/models": {"data": [{"id": "nothing"}]},
-    b"/v1/chat/completions": {"choices": [], "usage": _USAGE},
+    b"/v1/chat/completions": {"choices": [_CHOICE], "usage": _USAGE},
 }
 
 
@@ -80,6 +84,17 @@ def image(num_bytes: int, kind: str) -> str:
         data, side = buffer.getvalue(), side + max(side // 16, 4)
 
 
+def check_seconds(*urls: str) -> float:
+    """CPU time of checking images, which the gateway does, too: its median."""
+    seconds = []
+    for _ in range(15):
+        began = time.process_time()
+        for url in urls:
+            check_image(url, Settings(), "here")
+        seconds.append(time.process_time() - began)
+    return statistics.median(seconds)
+
+
 def chat(*urls: str) -> bytes:
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content = [*parts, {"type": "text", "text": "What is this?"}]
@@ -100,11 +115,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--requests", type=int, default=200)
     num_requests = parser.parse_args().requests
-    bodies = {
-        "text": chat(),
-        "100 KB JPEG": chat(image(100_000, "JPEG")),
-        "2 MB JPEG": chat(image(2_000_000, "JPEG")),
-        "2 MB PNG": chat(image(2_000_000, "PNG")),
+    urls = {
+        "text": (),
+        "100 KB JPEG": (image(100_000, "JPEG"),),
+        "2 MB JPEG": (image(2_000_000, "JPEG"),),
+        "2 MB PNG": (image(2_000_000, "PNG"),),
     }
     with tempfile.TemporaryDirectory() as folder:
         socket = f"{folder}/engine.sock"
@@ -121,21 +136,24 @@ def main() -> None:
             direct = httpx.Client(transport=httpx.HTTPTransport(uds=socket), base_url="http://engine", timeout=60)
             process = psutil.Process(gateway.pid)
             rows = []
-            print(f"{'request':<14}{'CPU of the gateway':>20}{'direct':>12}{'through':>12}{'added':>12}")
-            for name, body in bodies.items():
+            print(
+                f"{'request':<14}{'CPU of the gateway':>20}{'direct':>12}{'through':>12}{'added':>12}{'its check':>12}"
+            )
+            for name, sent in urls.items():
+                body = chat(*sent)
                 median_seconds(through, body, 10)
                 before = sum(process.cpu_times()[:2])
                 seconds = median_seconds(through, body, num_requests)
                 cpu = (sum(process.cpu_times()[:2]) - before) / num_requests
                 alone = median_seconds(direct, body, num_requests)
-                figures = (cpu, alone, seconds, seconds - alone)
+                figures = (cpu, alone, seconds, seconds - alone, check_seconds(*sent))
                 print(
                     f"{name:<14}"
                     + "".join(
-                        f"{value * 1e3:>{width}.1f} ms" for value, width in zip(figures, (17, 9, 9, 9), strict=True)
+                        f"{value * 1e3:>{width}.1f} ms" for value, width in zip(figures, (17, 9, 9, 9, 9), strict=True)
                     )
                 )
-                names = ("cpu_seconds", "direct_seconds", "through_seconds", "added_seconds")
+                names = ("cpu_seconds", "direct_seconds", "through_seconds", "added_seconds", "check_seconds")
                 rows.append({"request": name, "bytes": len(body), **dict(zip(names, figures, strict=True))})
             print(json.dumps({"requests": num_requests, "rows": rows}))
         finally:
