@@ -105,7 +105,7 @@ def model_digest(model: str | Path) -> str:
 def method_digest() -> str:
     """A change of these sources makes old answers worthless."""
     folder = Path(vd_plugin.__file__).parent
-    return _digest(*((folder / f"{name}.py").read_bytes() for name in METHOD_MODULES))
+    return _digest(*((folder / f"{name}.py").read_bytes() for name in _METHOD))
 
 
 def answer_key(model: str, setting: Setting, example: Example) -> str:

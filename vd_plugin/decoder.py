@@ -182,7 +182,7 @@ class StagedDecoder:
             places: (images, N), of each image's keys in the pool, of which the last M are its own.
         """
         heads, width = queries.shape[1:]
-        at_once = images_at_once(heads, own.shape[1], places.shape[1], width)
+        at_once = images_at_once(heads, own.shape[1], places.shape[1], width, queries.device)
         received = []
         for mine, all_keys in zip(own.split(at_once), places.split(at_once), strict=True):
             asking, asked = _take(queries, mine), _take(pool, all_keys)

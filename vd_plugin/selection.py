@@ -21,6 +21,8 @@ from torch import Tensor
 
 _TILE_ELEMENTS = 1 << 24
 """Attention weights held at once while scoring: 64 MiB of float32."""
+_CPU_TILE_ELEMENTS = 1 << 21
+"""The same on a CPU, where they should stay in its cache."""
 
 
 class Plan(NamedTuple):
@@ -126,7 +128,7 @@ def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
     first = num_keys - num_queries
     grouped = _widen(queries).unflatten(-3, (kv_heads, -1)) * width**-0.5
     transposed = _widen(keys).transpose(-1, -2)
-    tile = min(num_queries, max(1, _TILE_ELEMENTS // (heads * num_keys)))
+    tile = min(num_queries, max(1, _tile_elements(keys.device) // (heads * num_keys)))
     is_later = torch.ones(tile, tile, dtype=torch.bool, device=keys.device).triu(diagonal=1)
     received: Tensor | None = None
     for begin in reversed(range(0, num_queries, tile)):
@@ -147,9 +149,13 @@ def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
     return received
 
 
-def images_at_once(heads: int, num_queries: int, num_keys: int, width: int) -> int:
+def images_at_once(heads: int, num_queries: int, num_keys: int, width: int, device: torch.device) -> int:
     """How many images `attention_received` may take at once, so that neither weights nor keys are more than a tile."""
-    return max(1, _TILE_ELEMENTS // (heads * num_keys * max(num_queries, width)))
+    return max(1, _tile_elements(device) // (heads * num_keys * max(num_queries, width)))
+
+
+def _tile_elements(device: torch.device) -> int:
+    return min(_TILE_ELEMENTS, _CPU_TILE_ELEMENTS) if device.type == "cpu" else _TILE_ELEMENTS
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:

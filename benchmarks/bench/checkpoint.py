@@ -90,6 +90,14 @@ SHAPES: Final = {
         boundaries=(1, 2, 3),
         fraction=8,
     ),
+    "half": Shape(
+        "Half of the depth of LLaVA-NeXT-7B",
+        decoder_layers=16,
+        tower_layers=13,
+        vocab_size=16032,
+        boundaries=(4, 8, 12),
+        fraction=2,
+    ),
     "7b": Shape(
         "LLaVA-NeXT-7B",
         decoder_layers=32,

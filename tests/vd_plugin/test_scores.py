@@ -70,13 +70,14 @@ def test_a_batch_equals_each_alone_to_the_last_bit(shape: tuple[int, int], lengt
         assert torch.equal(received, attention_received(queries[alone], keys[alone])[0])
 
 
+@pytest.mark.parametrize(("device", "tile"), [("cuda", 1 << 24), ("cpu", 1 << 21)])
 @pytest.mark.parametrize(("heads", "width"), [(32, 128), (6, 8)])
-def test_as_many_images_are_scored_at_once_as_fit_a_tile(heads: int, width: int) -> None:
+def test_as_many_images_are_scored_at_once_as_fit_a_tile(heads: int, width: int, device: str, tile: int) -> None:
     for num_queries, num_keys in ((480, 540), (12, 4000), (2880, 2940)):
-        count = images_at_once(heads, num_queries, num_keys, width)
+        count = images_at_once(heads, num_queries, num_keys, width, torch.device(device))
         weights, keys = heads * num_queries * num_keys, heads * num_keys * width
-        assert count == 1 or count * max(weights, keys) <= selection._TILE_ELEMENTS
-        assert (count + 1) * max(weights, keys) > selection._TILE_ELEMENTS
+        assert count == 1 or count * max(weights, keys) <= tile
+        assert (count + 1) * max(weights, keys) > tile
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
