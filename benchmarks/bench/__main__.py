@@ -1,6 +1,6 @@
 """Stock vLLM, VisionDrop and the limit side by side in one run: `make bench`.
 
-    python -m benchmarks.bench [--only prefill,throughput] [--shape slice|half|7b] [--rounds 7] [--log]
+    python -m benchmarks.bench [--only prefill,throughput] [--shape slice|quarter|7b] [--rounds 7] [--log]
 
 Engines live in processes of their own and take turns, so that all see the same machine. Each part (flops, prefill,
 throughput, decode, curve, serve) is saved in .cache/bench when it is done. Without --only, a run measures what is not
@@ -140,7 +140,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--only", metavar="PARTS", help=f"of {','.join(PARTS)}, with commas (default: what is not saved)"
     )
     parser.add_argument(
-        "--shape", choices=SHAPES, default="slice", help="an eighth of the depth of LLaVA-NeXT-7B, half, or all"
+        "--shape", choices=SHAPES, default="slice", help="an eighth of the depth of LLaVA-NeXT-7B, a quarter, or all"
     )
     parser.add_argument("--model", type=Path, help="a LLaVA-NeXT checkpoint with weights instead")
     parser.add_argument("--dtype", help="default: bfloat16 where the hardware has it, else float32")

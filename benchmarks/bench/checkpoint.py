@@ -90,13 +90,13 @@ SHAPES: Final = {
         boundaries=(1, 2, 3),
         fraction=8,
     ),
-    "half": Shape(
-        "Half of the depth of LLaVA-NeXT-7B",
-        decoder_layers=16,
-        tower_layers=13,
-        vocab_size=16032,
-        boundaries=(4, 8, 12),
-        fraction=2,
+    "quarter": Shape(
+        "A quarter of the depth of LLaVA-NeXT-7B",
+        decoder_layers=8,
+        tower_layers=7,
+        vocab_size=8016,
+        boundaries=(2, 4, 6),
+        fraction=4,
     ),
     "7b": Shape(
         "LLaVA-NeXT-7B",

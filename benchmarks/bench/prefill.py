@@ -34,7 +34,8 @@ def count(settings: Settings) -> int:
 
 
 def measure(settings: Settings, advance: Callable[[], None]) -> dict[str, Any]:
-    with running(settings.starts(kv_gib=1)) as engines:
+    kv_gib = 1 + settings.geometry.decoder.num_layers // 8  # a whole context, and more
+    with running(settings.starts(kv_gib=kv_gib)) as engines:
         return _measure(engines, settings, advance)
 
 
