@@ -173,9 +173,10 @@ class FakeStep:
         staged = StagedDecoder(SimpleNamespace(layers=[layer] * (self.num_stages + 1)), edges, segments=())
         staged.key_reader = reader
         stream = torch.zeros(self.num_tokens, shape.hidden_size, dtype=torch.bfloat16, device=META)
+        qkv = torch.zeros(self.num_tokens, staged.projected_width, dtype=torch.bfloat16, device=META)
         with mode:
             for stage in range(1, self.num_stages + 1):
-                stream = staged._prune(stage, stream, layout)
+                stream, qkv = staged._prune(stage, stream, qkv, layout)
         assert len(stream) == layout.stages[-1].num_rows
 
 

@@ -78,10 +78,11 @@ class StagedModelState(DefaultModelState):
         self.positions = torch.zeros(num_stages, self.max_num_tokens, dtype=torch.int64, device=device)
         self.seq_lens = torch.zeros(num_stages, self.max_num_reqs, dtype=torch.int32, device=device)
         self.buffers = StageBuffers(self.positions, self.seq_lens)
-        compilation, config = vllm_config.compilation_config, vllm_config.model_config
+        compilation = vllm_config.compilation_config
         has_pieces = compilation.cudagraph_mode.has_piecewise_cudagraphs()
         max_rows = max(compilation.cudagraph_capture_sizes) if has_pieces else 0
-        model.decoder.graphs = StageGraphs(self.positions, max_rows, config.get_hidden_size(), config.dtype)
+        widths = model.decoder.width, model.decoder.projected_width
+        model.decoder.graphs = StageGraphs(self.positions, max_rows, widths, vllm_config.model_config.dtype)
 
         self.pending: dict[str, tuple[ImageSpan, ...]] = {}
         """Request id -> its images that are still to be computed."""

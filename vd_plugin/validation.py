@@ -96,7 +96,8 @@ def check_decoder(decoder: Any, geometry: Geometry) -> None:
     from vllm.model_executor.models.qwen2 import Qwen2Model
 
     attention = decoder.layers[0].self_attn
-    if not isinstance(decoder, LlamaModel | Qwen2Model) or getattr(attention, "qk_norm", False):
+    has_more = any(getattr(attention, name, False) for name in ("qk_norm", "do_llama_4_scaling"))
+    if not isinstance(decoder, LlamaModel | Qwen2Model) or has_more:
         raise NotImplementedError(
             f"VisionDrop prunes inside Llama, Mistral and Qwen2 decoders, not {type(decoder).__name__}: "
             "set visiondrop.layers to [] to prune at the encoder alone"

@@ -99,7 +99,8 @@ class Step:
         staged.key_reader = reader()
         seen: list[tuple[str, ImageSpan, Tensor, Plan]] = []
         staged.observer = lambda stage, req_id, span, scores, plan: seen.append((req_id, span, scores, plan))
-        rows = staged._prune(1, self.stream, self.layout)
+        rows, qkv = staged._prune(1, self.stream, StagedDecoder._project(layer, self.stream), self.layout)
+        torch.testing.assert_close(qkv, StagedDecoder._project(layer, rows), atol=1e-4, rtol=1e-4)
         return list(rows.split(self.stages[0].lengths.tolist())), seen
 
 
@@ -121,7 +122,7 @@ def prune_by_hand(layer: Any, request: tuple[int, list[int]], stream: Tensor, ta
         if split is not None:
             sequence = torch.cat((before, now))
             positions = torch.arange(computed, computed + len(sequence))
-            queries, keys = StagedDecoder._project(layer, sequence, positions)
+            queries, keys = StagedDecoder._rotate(layer, StagedDecoder._project(layer, sequence), positions)
             keys = torch.cat((cached, keys)).transpose(0, 1)
             queries = torch.cat((torch.zeros(computed, HEADS, WIDTH), queries)).transpose(0, 1)
             scores = visual_scores(queries, keys, computed + len(before), rows)

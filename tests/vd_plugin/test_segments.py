@@ -17,21 +17,63 @@ from vd_plugin.segments import Segment, cut
 WIDTH = 8
 
 
+class Projection(nn.Linear):
+    def forward(self, rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # as vLLM's
+        return super().forward(rows), None
+
+
+class Attention(nn.Module):
+    """Without attention: queries, keys and values are added up, rotated by their position."""
+
+    q_size, kv_size = WIDTH, WIDTH // 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = Projection(WIDTH, 2 * WIDTH)
+        self.o_proj = Projection(WIDTH, WIDTH)
+
+    def rotary_emb(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        scale = (1 + positions).unsqueeze(-1)
+        return query * scale, key / scale
+
+    def attn(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return query + torch.cat((key, value), dim=-1)
+
+    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        query, key, value = self.qkv_proj(hidden)[0].split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        output: Tensor = self.o_proj(self.attn(*self.rotary_emb(positions, query, key), value))[0]
+        return output
+
+
+class Norm(nn.Module):
+    """As vLLM's: with a residual, it normalises the sum and gives that back, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return hidden * self.weight
+        return (hidden + residual) * self.weight, hidden + residual
+
+
 class Layer(nn.Module):
     """Shaped as vLLM's Llama layers: the residual stream is split into what the last layer added and what was there."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.input_layernorm, self.post_attention_layernorm = Norm(), Norm()
+        self.self_attn, self.mlp = Attention(), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        residual = hidden if residual is None else hidden + residual
-        return self.linear(residual) + positions.unsqueeze(-1), residual
-
-
-class Norm(nn.Module):
-    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return 2 * (hidden + residual), residual
+        if residual is None:
+            residual, hidden = hidden, self.input_layernorm(hidden)
+        else:
+            hidden, residual = self.input_layernorm(hidden, residual)
+        hidden, residual = self.post_attention_layernorm(self.self_attn(positions, hidden), residual)
+        assert residual is not None
+        return self.mlp(hidden), residual
 
 
 @pytest.fixture
@@ -53,10 +95,18 @@ def test_segments_in_turn_compute_what_the_decoder_computes(decoder: Any, edges:
     for layer in decoder.layers:
         hidden, residual = layer(positions, hidden, residual)
     expected, _ = decoder.norm(hidden, residual)
-    found = stream
-    for segment in segments(decoder, *edges):
-        found = segment(positions, found)
+    first, *later = segments(decoder, *edges)
+    found = first(positions, stream)
+    for segment in later:
+        found = segment(positions, *found)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_segment_projects_for_the_layer_that_follows(decoder: Any) -> None:
+    positions, stream = torch.arange(5), torch.randn(5, WIDTH)
+    first, _ = segments(decoder, 0, 3, 8)
+    found, qkv = first(positions, stream)
+    torch.testing.assert_close(qkv, decoder.layers[3].self_attn.qkv_proj(decoder.layers[3].input_layernorm(found))[0])
 
 
 def test_compiled_code_is_kept_for_each_segment_and_each_way_to_cut(decoder: Any) -> None:

@@ -16,21 +16,27 @@ MAX_ROWS, WIDTH = 32, 3
 
 
 class Segment:
-    """Notes what it is called with; adds one."""
+    """Notes what it is called with; adds positions to the two other inputs, of which one is twice as wide."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[CUDAGraphMode, int | None, int, int, int]] = []
+        self.calls: list[tuple[CUDAGraphMode, int | None, int, tuple[int, ...]]] = []
 
-    def __call__(self, positions: Tensor, stream: Tensor) -> Tensor:
+    def __call__(self, positions: Tensor, stream: Tensor, qkv: Tensor) -> Tensor:
         context = get_forward_context()
         named = context.batch_descriptor and context.batch_descriptor.num_tokens
-        self.calls.append((context.cudagraph_runtime_mode, named, len(stream), positions.data_ptr(), stream.data_ptr()))
-        return stream + positions.unsqueeze(-1)
+        assert len(positions) == len(stream) == len(qkv)
+        places = tuple(each.data_ptr() for each in (positions, stream, qkv))
+        self.calls.append((context.cudagraph_runtime_mode, named, len(stream), places))
+        return torch.cat((stream, qkv), dim=-1) + positions.unsqueeze(-1)
+
+
+def make_inputs(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, WIDTH), torch.randn(rows, 2 * WIDTH)
 
 
 @pytest.fixture
 def graphs() -> StageGraphs:
-    return StageGraphs(torch.zeros(2, 64, dtype=torch.int64), MAX_ROWS, WIDTH, torch.float32)
+    return StageGraphs(torch.zeros(2, 64, dtype=torch.int64), MAX_ROWS, (WIDTH, 2 * WIDTH), torch.float32)
 
 
 @pytest.fixture
@@ -47,7 +53,7 @@ def ask(context: ForwardContext, mode: CUDAGraphMode, num_tokens: int) -> None:
 def recorded(graphs: StageGraphs, context: ForwardContext, segment: Segment) -> None:
     for size in (16, 8, 32):
         ask(context, CUDAGraphMode.PIECEWISE, size)
-        graphs.run(1, segment, graphs.positions[0, :size], torch.zeros(size, WIDTH), pruned=False)
+        graphs.run(1, segment, graphs.positions[0, :size], make_inputs(size), pruned=False)
 
 
 def test_pieces_always_read_where_they_were_recorded(graphs: StageGraphs, context: ForwardContext) -> None:
@@ -55,15 +61,15 @@ def test_pieces_always_read_where_they_were_recorded(graphs: StageGraphs, contex
     recorded(graphs, context, segment)
     for rows, mode in ((8, CUDAGraphMode.PIECEWISE), (20, CUDAGraphMode.NONE), (3, CUDAGraphMode.PIECEWISE)):
         ask(context, mode, 48)
-        positions, stream = graphs.positions[0, :rows], torch.randn(rows, WIDTH)
+        positions, inputs = graphs.positions[0, :rows], make_inputs(rows)
         positions += 5
-        found = graphs.run(1, segment, positions, stream, pruned=True)
-        torch.testing.assert_close(found, stream + positions.unsqueeze(-1))
+        found = graphs.run(1, segment, positions, inputs, pruned=True)
+        torch.testing.assert_close(found[:rows], torch.cat(inputs, dim=-1) + positions.unsqueeze(-1))
         assert (context.cudagraph_runtime_mode, context.batch_descriptor) == (mode, BatchDescriptor(48))
     assert [call[:3] for call in segment.calls] == [
         (CUDAGraphMode.PIECEWISE, size, size) for size in (16, 8, 32, 8, 32, 8)
     ]
-    assert len({call[3:] for call in segment.calls}) == 1
+    assert len({call[3] for call in segment.calls}) == 1
 
 
 def test_too_many_rows_run_without_graphs(graphs: StageGraphs, context: ForwardContext) -> None:
@@ -71,19 +77,20 @@ def test_too_many_rows_run_without_graphs(graphs: StageGraphs, context: ForwardC
     segment = Segment()
     recorded(graphs, context, segment)
     ask(context, CUDAGraphMode.PIECEWISE, 32)
-    stream = torch.randn(MAX_ROWS + 1, WIDTH)
-    graphs.run(1, segment, graphs.positions[0, : len(stream)], stream, pruned=True)
+    inputs = make_inputs(MAX_ROWS + 1)
+    graphs.run(1, segment, graphs.positions[0, : MAX_ROWS + 1], inputs, pruned=True)
     assert segment.calls[-1][0] == CUDAGraphMode.NONE
-    assert segment.calls[-1][4] == stream.data_ptr()
+    assert segment.calls[-1][3][1:] == tuple(each.data_ptr() for each in inputs)
 
 
 @pytest.mark.parametrize("pruned", [True, False])
 def test_without_graphs_nothing_is_copied(graphs: StageGraphs, context: ForwardContext, pruned: bool) -> None:
     segment = Segment()
     ask(context, CUDAGraphMode.NONE, 4)
-    positions, stream = graphs.positions[0, :4], torch.randn(4, WIDTH)
-    graphs.run(1, segment, positions, stream, pruned=pruned)
-    assert segment.calls == [(CUDAGraphMode.NONE, 4, 4, positions.data_ptr(), stream.data_ptr())]
+    positions, inputs = graphs.positions[0, :4], make_inputs(4)
+    graphs.run(1, segment, positions, inputs, pruned=pruned)
+    places = tuple(each.data_ptr() for each in (positions, *inputs))
+    assert segment.calls == [(CUDAGraphMode.NONE, 4, 4, places)]
 
 
 def test_stages_have_rooms_of_their_own(graphs: StageGraphs, context: ForwardContext) -> None:
@@ -91,18 +98,20 @@ def test_stages_have_rooms_of_their_own(graphs: StageGraphs, context: ForwardCon
     recorded(graphs, context, segment)
     ask(context, CUDAGraphMode.NONE, 48)
     for stage in (1, 2):
-        graphs.run(stage, segment, graphs.positions[stage - 1, :8], torch.full((8, WIDTH), float(stage)), pruned=True)
-    assert graphs.streams[:, :8].unique(dim=-1).squeeze(-1).tolist() == [[1.0] * 8, [2.0] * 8]
-    assert segment.calls[-1][3:] == (graphs.positions[1].data_ptr(), graphs.streams[1].data_ptr())
+        inputs = tuple(torch.full_like(each, stage) for each in make_inputs(8))
+        graphs.run(stage, segment, graphs.positions[stage - 1, :8], inputs, pruned=True)
+    for room in graphs.rooms:
+        assert room[:, :8].unique(dim=-1).squeeze(-1).tolist() == [[1.0] * 8, [2.0] * 8]
+    assert segment.calls[-1][3] == tuple(each[1].data_ptr() for each in (graphs.positions, *graphs.rooms))
 
 
 def test_what_vllm_asked_for_returns_after_a_failure(graphs: StageGraphs, context: ForwardContext) -> None:
     recorded(graphs, context, Segment())
     ask(context, CUDAGraphMode.NONE, 48)
 
-    def fail(positions: Tensor, stream: Tensor) -> Tensor:
+    def fail(*inputs: Tensor) -> Tensor:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        graphs.run(1, fail, graphs.positions[0, :4], torch.zeros(4, WIDTH), pruned=True)
+        graphs.run(1, fail, graphs.positions[0, :4], make_inputs(4), pruned=True)
     assert (context.cudagraph_runtime_mode, context.batch_descriptor) == (CUDAGraphMode.NONE, BatchDescriptor(48))

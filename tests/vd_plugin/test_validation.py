@@ -19,6 +19,7 @@ from vllm import envs
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.config.vllm import OptimizationLevel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.llama import LlamaModel
 from vllm.multimodal.cache import engine_receiver_cache_from_config, processor_cache_from_config
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
 from vllm.platforms import current_platform
@@ -297,6 +298,18 @@ def test_an_unknown_decoder_is_refused_with_decoder_stages_alone(staged: Any) ->
         check_decoder(fake, read_geometry(staged.model_config.hf_config))
     staged.model_config.hf_config.visiondrop = {"layers": []}
     check_decoder(fake, read_geometry(staged.model_config.hf_config))
+
+
+@pytest.mark.parametrize("what", ["qk_norm", "do_llama_4_scaling"])
+def test_attention_that_does_more_is_refused(staged: Any, what: str) -> None:
+    """`segments.py` and `decoder.py` apply projections and rotary embedding by themselves."""
+    geometry = read_geometry(staged.model_config.hf_config)
+    known: Any = object.__new__(LlamaModel)
+    object.__setattr__(known, "layers", [SimpleNamespace(self_attn=SimpleNamespace())])
+    check_decoder(known, geometry)
+    setattr(known.layers[0].self_attn, what, True)
+    with pytest.raises(NotImplementedError, match="inside Llama, Mistral and Qwen2 decoders"):
+        check_decoder(known, geometry)
 
 
 # engine_args

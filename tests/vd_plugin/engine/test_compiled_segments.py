@@ -104,14 +104,14 @@ def test_pieces_that_read_elsewhere_are_noticed(
 ) -> None:
     run = StageGraphs.run
 
-    def sabotaged(self: StageGraphs, stage: int, segment: Any, positions: Any, stream: Any, pruned: bool) -> Any:
+    def sabotaged(self: StageGraphs, stage: int, segment: Any, positions: Any, inputs: Any, pruned: bool) -> Any:
         if way == "where it was made" and not pruned:
-            return segment(positions, stream)
+            return segment(positions, *inputs)
         if way == "without room" and pruned:
-            monkeypatch.setattr(self, "streams", torch.zeros_like(self.streams))
+            monkeypatch.setattr(self, "rooms", [torch.zeros_like(room) for room in self.rooms])
         if way == "of true length" and pruned:
-            return segment(positions, stream)
-        return run(self, stage, segment, positions, stream, pruned)
+            return segment(positions, *inputs)
+        return run(self, stage, segment, positions, inputs, pruned)
 
     monkeypatch.setattr(StageGraphs, "run", sabotaged)
     compiled.forget()

@@ -117,16 +117,14 @@ def test_choices_after_one_more_rounding_differ_in_near_ties_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What another kernel may do to every number that is scored: the last digit goes up or down."""
-    project = StagedDecoder._project
+    rotate = StagedDecoder._rotate
 
-    def rounded(layer: Any, stream: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(stream.numel())
-        digit = (
-            torch.randint(-1, 2, stream.shape, generator=generator).to(stream.device) * torch.finfo(stream.dtype).eps
-        )
-        return project(layer, (stream.float() * (1 + digit)).to(stream.dtype), positions)
+    def rounded(layer: Any, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(qkv.numel())
+        digit = torch.randint(-1, 2, qkv.shape, generator=generator).to(qkv.device) * torch.finfo(qkv.dtype).eps
+        return rotate(layer, (qkv.float() * (1 + digit)).to(qkv.dtype), positions)
 
-    monkeypatch.setattr(StagedDecoder, "_project", staticmethod(rounded))
+    monkeypatch.setattr(StagedDecoder, "_rotate", staticmethod(rounded))
     report("after one more rounding", count_others(alone, [image for asked in BATCH for image in run(engine, [asked])]))
 
 
