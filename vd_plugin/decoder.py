@@ -35,7 +35,7 @@ _POOL_ELEMENTS = 1 << 26
 """Keys of requests that are pruned together: 16,384 of Vicuna-7B, 128 MiB. Contexts may be long, and requests many."""
 
 _LEAST_ROWS = 4
-"""Of a product: a CPU takes another kernel for fewer, which rounds otherwise, and an image would not be pruned as alone."""
+"""Of a product: a CPU takes another kernel for fewer, which rounds otherwise; images would not be pruned as alone."""
 
 
 class Observer(Protocol):
