@@ -17,12 +17,20 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
 from vd_plugin.options import ARCHITECTURES, read_geometry
 from vd_plugin.schedule import Geometry
 from vd_plugin.spans import read_spans, read_splits
 from vd_plugin.wire import BUDGET_KEY
+
+MAX_ALLOWED_TOKEN_IDS: Final = 1024
+MAX_LOGIT_BIAS_TOKENS: Final = 1024
+MAX_STOP_TOKEN_IDS: Final = 128
+"""vLLM's, of `vllm/v1/worker/gpu/sample/logit_bias.py`, which must not be imported here: see `cpu/kernels.py`."""
+
+MAX_SEED: Final = 2**63 - 1
 
 MAX_PIXEL: Final = 1000.0
 """Of a normalised pixel value; 255 that nobody has rescaled becomes 975. Far larger ones overflow in half precision."""
@@ -49,8 +57,11 @@ def check_request(request: Any, geometry: Geometry) -> None:
         request: vLLM's `EngineCoreRequest`.
 
     Raises:
-        VLLMValidationError: it asks for something that pruned images exclude, or its images are not ours.
+        VLLMValidationError: it asks for something that pruned images exclude or that no request may ask for, or its
+            images are not ours.
     """
+    if request.sampling_params is not None:
+        check_sampling(request.sampling_params)
     features = request.mm_features or ()
     for feature in features:
         check_feature(feature, geometry)
@@ -58,6 +69,36 @@ def check_request(request: Any, geometry: Geometry) -> None:
     if reason:
         sentence, parameter = reason
         raise VLLMValidationError(sentence, parameter=parameter)
+
+
+def check_sampling(params: Any) -> None:
+    """Refuse what vLLM checks only in the worker, where it ends the engine.
+
+    Args:
+        params: vLLM's `SamplingParams`, of all `n` answers, which it has completed for the model.
+
+    Raises:
+        VLLMValidationError: too many tokens in a list, or a seed that is none for every answer.
+
+    REMOVE WHEN: vLLM refuses these before a request reaches the engine core.
+    """
+    words = params.bad_words_token_ids or ()
+    # vLLM forbids the end of the text, too, until there are enough tokens.
+    stops = len(params.all_stop_token_ids) if params.min_tokens > 0 else 0
+    lists = (
+        ("allowed_token_ids", "ids", len(params.allowed_token_ids or ()), MAX_ALLOWED_TOKEN_IDS),
+        ("logit_bias", "tokens", len(params.logit_bias or ()), MAX_LOGIT_BIAS_TOKENS),
+        ("stop_token_ids", "ids beside min_tokens, with those that end every text", stops, MAX_STOP_TOKEN_IDS),
+        ("bad_words", "tokens", sum(len(word) for word in words), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS),
+    )
+    for name, what, count, most in lists:
+        if count > most:
+            raise VLLMValidationError(f"{name} has {count} {what}; at most {most} are allowed", parameter=name)
+    last = (params.seed or 0) + params.n - 1
+    if last > MAX_SEED:
+        raise VLLMValidationError(
+            f"answer {params.n} would have the seed {last}; at most {MAX_SEED} is allowed", parameter="seed"
+        )
 
 
 def unsupported(params: Any, is_session: bool) -> tuple[str, str | None] | None:

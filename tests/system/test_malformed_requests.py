@@ -109,6 +109,11 @@ BODIES: list[dict[str, Any]] = [
     {"mm_processor_kwargs": BUDGET, "media_io_kwargs": {"image": {"image_mode": "no mode"}}},
     {"mm_processor_kwargs": BUDGET, "media_io_kwargs": {"image": {"rgba_background_color": [1, 2]}}},
     {"mm_processor_kwargs": BUDGET, "truncate_prompt_tokens": 5},
+    # vLLM's worker would end at these.
+    {"stop_token_ids": list(range(3, 140)), "min_tokens": 1},
+    {"allowed_token_ids": [5] * 1025},
+    {"bad_words": ["red " * 1100]},
+    {"seed": 2**63 - 1, "n": 2, "temperature": 1},
 ]
 
 

@@ -1,4 +1,4 @@
-"""Images that were processed elsewhere: identifier, data and place in the prompt must agree."""
+"""What ends an engine is refused: images processed elsewhere that do not fit, and parameters vLLM checks too late."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from vd_plugin import request_checks
-from vd_plugin.request_checks import check_feature
+from vd_plugin.request_checks import check_feature, check_sampling
 from vd_plugin.schedule import DecoderShape, Geometry
 
 SIDE = 28
@@ -114,3 +115,60 @@ def test_other_models_pass() -> None:
         request_checks._geometry(SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))) is None
     )
     assert request_checks._geometry(SimpleNamespace(hf_config=SimpleNamespace(architectures=None))) is None
+
+
+def sampling(words: int = 0, **arguments: Any) -> SamplingParams:
+    """Parameters as the engine core gets them, with one token that ends every text."""
+    params = SamplingParams(**arguments)
+    params.update_from_generation_config({}, eos_token_id=2)
+    params._bad_words_token_ids = [[1]] * words
+    return params
+
+
+LARGEST = {
+    "allowed_token_ids": sampling(allowed_token_ids=[1] * 1024),
+    "logit_bias": sampling(logit_bias=dict.fromkeys(range(1024), 1.0)),
+    "stop_token_ids": sampling(stop_token_ids=list(range(3, 130)), min_tokens=1),
+    "many stop ids, none forbidden": sampling(stop_token_ids=list(range(3, 500))),
+    "bad_words": sampling(words=1024),
+    "seed": sampling(seed=2**63 - 3, n=3),
+    "no seed": sampling(n=3),
+}
+
+TOO_LARGE = {
+    "allowed_token_ids": sampling(allowed_token_ids=[1] * 1025),
+    "logit_bias": sampling(logit_bias=dict.fromkeys(range(1025), 1.0)),
+    "stop_token_ids": sampling(stop_token_ids=list(range(3, 131)), min_tokens=1),
+    "bad_words": sampling(words=1025),
+    "seed": sampling(seed=2**63 - 2, n=3),
+}
+
+
+@pytest.mark.parametrize("params", LARGEST.values(), ids=LARGEST)
+def test_what_the_worker_takes_is_accepted(params: SamplingParams) -> None:
+    check_sampling(params)
+
+
+@pytest.mark.parametrize(("name", "params"), TOO_LARGE.items(), ids=TOO_LARGE)
+def test_what_would_end_the_worker_is_refused(name: str, params: SamplingParams) -> None:
+    with pytest.raises(VLLMValidationError, match="at most") as caught:
+        check_sampling(params)
+    assert caught.value.parameter == name
+
+
+def test_the_limits_are_those_of_the_worker() -> None:
+    """Read, not imported: modules of kernels must not be imported before vLLM's CPU worker has mended them."""
+    import re
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec("vllm.v1.worker.gpu.sample")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "logit_bias.py").read_text()
+    found = dict(re.findall(r"^MAX_NUM_(\w+) = (\d+)$", source, re.MULTILINE))
+    assert found == {
+        "ALLOWED_TOKEN_IDS": str(request_checks.MAX_ALLOWED_TOKEN_IDS),
+        "LOGIT_BIAS_TOKENS": str(request_checks.MAX_LOGIT_BIAS_TOKENS),
+        "STOP_TOKEN_IDS": str(request_checks.MAX_STOP_TOKEN_IDS),
+    }
