@@ -2,9 +2,9 @@
 
 VisionDrop, arXiv 2506.22283, sections 3.2 and 3.3. After a boundary, an image's rows of the residual stream are scored
 with the NEXT layer's norm, projections and rotary embedding. The segment before has projected all rows; only what rows
-were merged into is projected again. The sequence that they are scored in is the one that the
-next stage sees up to the image: what precedes the image is already pruned, its keys lie in the next layer's KV cache or
-in this step. Hence a result that depends on nothing after the image, on no neighbour, and on no cut between steps.
+were merged into is projected again. The sequence that they are scored in is the one that the next stage sees up to the
+image: what precedes the image is already pruned, its keys lie in the next layer's KV cache or in this step. Hence a
+result that depends on nothing after the image, on no neighbour, and on no cut between steps.
 
 Upstream: `vllm/model_executor/models/llama.py`, whose model loop this replaces (vLLM 0.32).
 """

@@ -170,7 +170,7 @@ def _serve(pipe: Connection, start: Start) -> None:
             pipe.send((True, getattr(engine, order)(*args)))
     except EOFError:
         pass  # the parent has closed its end
-    except Exception:
+    except Exception:  # which the parent raises
         pipe.send((False, traceback.format_exc()))
 
 

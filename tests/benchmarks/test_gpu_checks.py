@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fake_programs import put
 
 from benchmarks.gpu import machine, programs
 from benchmarks.gpu.context import Context
@@ -42,20 +43,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
     return Context("eager", str(MODEL_PATH), tmp_path, 1)
-
-
-@pytest.fixture
-def programs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all of the PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    return folder
-
-
-def put(folder: Path, name: str, script: str) -> None:
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
 
 
 def figures(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

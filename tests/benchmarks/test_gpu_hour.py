@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fake_programs import put
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.plan import CHECKS, make_steps
@@ -184,22 +185,8 @@ def test_a_budget_cuts_the_step_that_runs_and_those_after_it(tmp_path: Path) -> 
 # The plan
 
 
-@pytest.fixture
-def no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all of the PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    return folder
-
-
-def put(folder: Path, name: str, script: str) -> None:
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
-
-
 def test_steps_that_need_a_gpu_are_skipped_without_one(
-    no_gpu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: None
+    programs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: None
 ) -> None:
     names = [check.name for check in CHECKS if check.num_gpus]
     assert len(names) > 8
@@ -212,9 +199,9 @@ def test_steps_that_need_a_gpu_are_skipped_without_one(
 
 
 def test_one_gpu_and_its_tools_are_found_on_the_path(
-    no_gpu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: None
+    programs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: None
 ) -> None:
-    put(no_gpu, "nvidia-smi", "echo 'NVIDIA H100 80GB HBM3, 580.159.04, 81559'")
+    put(programs_folder, "nvidia-smi", "echo 'NVIDIA H100 80GB HBM3, 580.159.04, 81559'")
     options = ["--folder", str(tmp_path / "logs"), "--only", "tensor-parallel,memcheck", "--only", "profile-gpu"]
     assert gpu.main(options) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -12,13 +12,18 @@ import os
 from typing import Any
 
 
+def is_in_use() -> bool:
+    """Whether Triton's kernels are interpreted in this process, as they are on a machine without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu"
+
+
 def patch_masked_store() -> None:
     """Let masked stores take masks of integers. Idempotent; does nothing unless the interpreter is in use.
 
     Raises:
         RuntimeError: this is not the interpreter that the patch was written for.
     """
-    if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu":
+    if not is_in_use():
         return
     import numpy as np
     from triton.language import int1
@@ -49,7 +54,7 @@ def patch_top_k_top_p() -> None:
     Raises:
         RuntimeError: this is not the sampler that the patch was written for.
     """
-    if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu":
+    if not is_in_use():
         return
     from vllm.v1.sample.ops import topk_topp_sampler as sampler
 

@@ -13,12 +13,12 @@ Upstream: `vllm/v1/worker/gpu/` (vLLM 0.32); `triton/runtime/interpreter.py` (Tr
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
 from vd_plugin.cpu import sampling_kernels, step_kernels
+from vd_plugin.cpu.interpreter import is_in_use
 
 _WORKER: Final = "vllm.v1.worker.gpu"
 
@@ -50,7 +50,7 @@ def replace_kernels() -> None:
         RuntimeError: this is not the interpreter that the patch was written for; or, when a kernel is launched, it is
             not the one that its replacement was written for.
     """
-    if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu":
+    if not is_in_use():
         return
     from triton.runtime.interpreter import InterpretedFunction
 

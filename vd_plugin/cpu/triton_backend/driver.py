@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,12 +10,14 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from vd_plugin.cpu.interpreter import is_in_use
+
 
 class InterpreterDriver(DriverBase):  # triton ships no types
     @staticmethod
     def is_active() -> bool:
         """Only where the interpreter is requested: a GPU machine must see its own driver alone."""
-        return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu"
+        return is_in_use()
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         raise NotImplementedError("the cpu backend interprets kernels, it does not compile them")
