@@ -26,23 +26,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from benchmarks.seven_b import SEVEN_B
 from vd_plugin import decoder, model_state, row_layout, row_layout_kernel
 from vd_plugin.decoder import StagedDecoder
 from vd_plugin.key_reader import KeyReader
 from vd_plugin.model_state import StagedModelState
 from vd_plugin.row_layout import StageBuffers, StageGroup
-from vd_plugin.schedule import RULE_VERSION, DecoderShape, Geometry, resolve
+from vd_plugin.schedule import DecoderShape, resolve
 from vd_plugin.spans import ImageSpan
 from vd_plugin.step_layout import PrunedRequest, StepLayout
 
-GEOMETRY = Geometry(
-    rule_version=RULE_VERSION,
-    tile_size=336,
-    patch_size=14,
-    grid_pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
-    boundaries=(8, 16, 24),
-    decoder=DecoderShape(32, 4096, 11008, 32, 32, 128),
-)
 IMAGE_SIZE = (672, 672)
 BLOCK_SIZE = 16
 META = torch.device("meta")
@@ -113,7 +106,7 @@ class FakeStep:
     """A step of the model runner: requests of one image each that is computed now, or of none that decode."""
 
     def __init__(self, num_reqs: int, spans: tuple[ImageSpan, ...] = (), computed: int = 0, tail: int = 20) -> None:
-        self.num_stages, self.num_reqs = len(GEOMETRY.boundaries), num_reqs
+        self.num_stages, self.num_reqs = len(SEVEN_B.boundaries), num_reqs
         length = spans[-1].end + tail - computed if spans else 1
         self.lengths = np.full(num_reqs, length, dtype=np.int32)
         self.num_tokens = num_reqs * length
@@ -163,7 +156,7 @@ class FakeStep:
         with mode:
             return state._lay_out_pruning(step, self.pruned)[0] if self.pruned else state._lay_out(step)
 
-    def prune(self, layout: StepLayout, mode: TorchDispatchMode, shape: DecoderShape = GEOMETRY.decoder) -> None:
+    def prune(self, layout: StepLayout, mode: TorchDispatchMode, shape: DecoderShape = SEVEN_B.decoder) -> None:
         """Prune the step's images at every stage, under `mode`."""
         layer = FakeLayer(shape)
         reader: KeyReader = object.__new__(KeyReader)
@@ -182,7 +175,7 @@ class FakeStep:
 
 def image_span(offset: int, budget: int) -> ImageSpan:
     """An image of the largest size."""
-    schedule = resolve(GEOMETRY, *IMAGE_SIZE, budget)
+    schedule = resolve(SEVEN_B, *IMAGE_SIZE, budget)
     return ImageSpan(offset, schedule.rows, schedule.decoder)
 
 

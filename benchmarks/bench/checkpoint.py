@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.seven_b import SEVEN_B
+from vd_plugin.schedule import default_boundaries
 from vd_plugin.tools.random_checkpoint import build as build_random
 
 CONTEXT: Final = 8192
 """Twice the published context, so that several images fit in full; no weight depends on it."""
+
+_TOWER_LAYERS: Final = 24
+_VOCAB_SIZE: Final = 32064
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +31,28 @@ class Shape:
     """How much of LLaVA-NeXT-7B there is."""
 
     title: str
-    decoder_layers: int
-    tower_layers: int
-    """In the configuration; the last one is not loaded, because LLaVA takes the output of the one before it."""
-    vocab_size: int
-    boundaries: tuple[int, ...]
     fraction: int
     """The whole is so many times as deep."""
+
+    @property
+    def decoder_layers(self) -> int:
+        return SEVEN_B.decoder.num_layers // self.fraction
+
+    @property
+    def tower_layers(self) -> int:
+        """In the configuration; the last one is not loaded, because LLaVA takes the output of the one before it.
+
+        Slices have one more for that, so that what they load is their share of all.
+        """
+        return _TOWER_LAYERS // self.fraction + (self.fraction > 1)
+
+    @property
+    def vocab_size(self) -> int:
+        return _VOCAB_SIZE // self.fraction
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        return default_boundaries(self.decoder_layers)
 
     def config(self, image_token: int, special_ids: dict[str, int]) -> dict[str, Any]:
         """config.json, sizes spelled out."""
@@ -82,30 +102,9 @@ class Shape:
 
 
 SHAPES: Final = {
-    "slice": Shape(
-        "An eighth of the depth of LLaVA-NeXT-7B",
-        decoder_layers=4,
-        tower_layers=4,
-        vocab_size=4008,
-        boundaries=(1, 2, 3),
-        fraction=8,
-    ),
-    "quarter": Shape(
-        "A quarter of the depth of LLaVA-NeXT-7B",
-        decoder_layers=8,
-        tower_layers=7,
-        vocab_size=8016,
-        boundaries=(2, 4, 6),
-        fraction=4,
-    ),
-    "7b": Shape(
-        "LLaVA-NeXT-7B",
-        decoder_layers=32,
-        tower_layers=24,
-        vocab_size=32064,
-        boundaries=(8, 16, 24),
-        fraction=1,
-    ),
+    "slice": Shape("An eighth of the depth of LLaVA-NeXT-7B", fraction=8),
+    "quarter": Shape("A quarter of the depth of LLaVA-NeXT-7B", fraction=4),
+    "7b": Shape("LLaVA-NeXT-7B", fraction=1),
 }
 
 

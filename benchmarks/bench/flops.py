@@ -9,16 +9,9 @@ from typing import Any, Final
 from benchmarks.bench.engine import IMAGE_SIZE
 from benchmarks.bench.figures import Mark
 from benchmarks.bench.settings import Settings
-from vd_plugin.schedule import FULL, RULE_VERSION, DecoderShape, Geometry, parse_budget, prefill_flops, resolve
+from benchmarks.seven_b import SEVEN_B
+from vd_plugin.schedule import FULL, parse_budget, prefill_flops, resolve
 
-SEVEN_B: Final = Geometry(
-    RULE_VERSION,
-    336,
-    14,
-    ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
-    (8, 16, 24),
-    DecoderShape(32, 4096, 11008, 32, 32, 128),
-)
 TEXT_TOKENS: Final = 60
 _TOWER: Final = {"num_layers": 23, "hidden": 1024, "inner": 4096, "patch": 14}
 """CLIP-L/14-336 as LLaVA runs it: the output of the layer before the last."""

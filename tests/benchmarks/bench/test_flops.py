@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
 from benchmarks.bench.engine import IMAGE_SIZE
-from benchmarks.bench.flops import SEVEN_B, TEXT_TOKENS, counts, marks, tower_flops
+from benchmarks.bench.flops import TEXT_TOKENS, counts, marks, tower_flops
+from benchmarks.seven_b import SEVEN_B
 from vd_plugin.schedule import resolve
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench import throughput
-from benchmarks.bench.flops import SEVEN_B
 from benchmarks.bench.prefill import SPEEDUPS
 from benchmarks.bench.settings import OURS, STOCK, Settings
+from benchmarks.seven_b import SEVEN_B
 from vd_plugin.kv_capacity import KVCapacity
 from vd_plugin.schedule import FULL
 
